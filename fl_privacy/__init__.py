@@ -1,0 +1,63 @@
+"""Privacy auditing of federated learning: how much of a client's private input its update gives away.
+
+Names are imported on first use, so that the command line and the ledger start without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fl_privacy.audit.estimate import LeakageEstimate, Source, Status
+    from fl_privacy.influence.i2f import Influence, influence, influence_lower_bound
+    from fl_privacy.influence.jacobian import UpdateJacobian
+    from fl_privacy.influence.spectrum import Spectrum, estimate_spectrum
+    from fl_privacy.influence.training import LocalTrainingUpdate
+    from fl_privacy.influence.update import GradientUpdate
+    from fl_privacy.interval import Interval
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GradientUpdate",
+    "Influence",
+    "Interval",
+    "LeakageEstimate",
+    "LocalTrainingUpdate",
+    "Source",
+    "Spectrum",
+    "Status",
+    "UpdateJacobian",
+    "__version__",
+    "estimate_spectrum",
+    "influence",
+    "influence_lower_bound",
+]
+
+_HOMES = {
+    "GradientUpdate": "fl_privacy.influence.update",
+    "Influence": "fl_privacy.influence.i2f",
+    "Interval": "fl_privacy.interval",
+    "LeakageEstimate": "fl_privacy.audit.estimate",
+    "LocalTrainingUpdate": "fl_privacy.influence.training",
+    "Source": "fl_privacy.audit.estimate",
+    "Spectrum": "fl_privacy.influence.spectrum",
+    "Status": "fl_privacy.audit.estimate",
+    "UpdateJacobian": "fl_privacy.influence.jacobian",
+    "estimate_spectrum": "fl_privacy.influence.spectrum",
+    "influence": "fl_privacy.influence.i2f",
+    "influence_lower_bound": "fl_privacy.influence.i2f",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

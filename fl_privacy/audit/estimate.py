@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
@@ -130,26 +131,77 @@ class LeakageEstimate:
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the row as plain values that JSON can hold."""
+        """Returns the row as values that strict JSON can hold; `from_dict` reads them back.
+
+        JSON has no NaN and no infinity, yet rows do (the signal to noise ratio of an unperturbed update is infinite),
+        so those three floats are written as the texts `"NaN"`, `"Infinity"` and `"-Infinity"`. In `settings`, which
+        may hold text as well, a text that reads like one of them gets `=` put before it. Tuples become lists.
+
+        Raises:
+            TypeError: If a value is none of None, bool, int, float, str, or a sequence or mapping (by text) of them.
+        """
         row: dict[str, Any] = {}
         for item in fields(self):
             value = getattr(self, item.name)
-            if isinstance(value, Interval):
-                value = list(value)
-            elif isinstance(value, StrEnum):
-                value = value.value
-            elif isinstance(value, Mapping):
-                value = dict(value)
-            row[item.name] = value
+            row[item.name] = _encode(value, where=item.name, escape=item.name == "settings")
         return row
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> LeakageEstimate:
-        """Returns the estimate that `to_dict` wrote; unknown keys (written by a newer version) are ignored."""
-        known = {item.name for item in fields(cls)}
-        values = {name: value for name, value in row.items() if name in known}
+        """Returns the estimate that `to_dict` wrote; unknown keys (written by a newer version) are ignored.
+
+        Raises:
+            TypeError: If `client` or `server_round` is missing.
+            ValueError: If the status or the source is none that this version knows.
+            KeyError: If the status is missing.
+        """
+        values: dict[str, Any] = {}
+        for item in fields(cls):
+            if item.name in row:
+                value = row[item.name]
+                values[item.name] = _decode(value) if item.name in _DECODED else value
         values["status"] = Status(values["status"])
         values["source"] = Source(values.get("source", Source.NONE))
         if values.get("leakage") is not None:
             values["leakage"] = Interval(*values["leakage"])
         return cls(**values)
+
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_DECODED = frozenset(item.name for item in fields(LeakageEstimate) if "float" in str(item.type)) | {"settings"}
+"""Fields in which the texts of `_NON_FINITE` stand for floats; everywhere else text is text."""
+
+
+def _encode(value: object, *, where: str, escape: bool) -> Any:
+    """Returns `value` as strict JSON holds it; `where` names it in errors, `escape` says that text may be ambiguous."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, str):
+        text = str.__str__(value)  # the plain text of a StrEnum member
+        return f"={text}" if escape and text.lstrip("=") in _NON_FINITE else text
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"{where} has the key {key!r} ({type(key).__name__}): keys must be text")
+        return {key: _encode(entry, where=f"{where}[{key!r}]", escape=escape) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encode(entry, where=f"{where}[{index}]", escape=escape) for index, entry in enumerate(value)]
+    raise TypeError(
+        f"{where} is a {type(value).__name__}, which JSON cannot hold: expected None, bool, int, float, str, "
+        "or a list or mapping of them (call .item() on a tensor or NumPy scalar)"
+    )
+
+
+def _decode(value: Any) -> Any:
+    """Returns what `_encode` was given."""
+    if isinstance(value, str):
+        if value in _NON_FINITE:
+            return _NON_FINITE[value]
+        return value[1:] if value.startswith("=") and value.lstrip("=") in _NON_FINITE else value
+    if isinstance(value, Mapping):
+        return {key: _decode(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_decode(entry) for entry in value]
+    return value

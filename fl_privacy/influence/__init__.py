@@ -1,0 +1,40 @@
+"""The influence engine: how far an attacker who sees an update would miss its private inputs."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+from fl_privacy.influence.i2f import Influence, influence, influence_lower_bound
+from fl_privacy.influence.jacobian import UpdateJacobian
+from fl_privacy.influence.spectrum import Spectrum, estimate_spectrum
+from fl_privacy.influence.training import LocalTrainingUpdate
+from fl_privacy.influence.update import GradientUpdate, UpdateMap
+
+__all__ = [
+    "GradientUpdate",
+    "Influence",
+    "LocalTrainingUpdate",
+    "Spectrum",
+    "UpdateJacobian",
+    "UpdateMap",
+    "estimate_spectrum",
+    "influence",
+    "influence_lower_bound",
+]
+
+
+class _Package(ModuleType):
+    """This package, callable as `influence`.
+
+    `fl_privacy.influence` names this package and the function that the root exports. Importing a package binds it as an
+    attribute of its parent, over whatever the parent exports by that name; so that `from fl_privacy import influence`
+    can be called whichever came first, the package passes calls on.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Influence:
+        return influence(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,170 @@
+"""Inversion influence: how far an observed perturbation moves what an attacker rebuilds.
+
+Zhang, Hong, Deng, Mahdavi, Zhou: Understanding Deep Gradient Leakage via Inversion Influence Functions, NeurIPS 2023
+(arXiv 2309.13016), Eq. 4 and 5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fl_privacy.errors import InvalidInputError
+from fl_privacy.influence.jacobian import UpdateJacobian
+from fl_privacy.influence.lanczos import Lanczos
+
+
+@dataclass(frozen=True, eq=False)
+class Influence:
+    """The shift of the rebuilt input, and how well it was solved for.
+
+    Attributes:
+        shift: (G + εI)⁻¹ Jᵀδ `[U, D]`.
+        residual: ‖Jᵀδ − (G + εI)·shift‖ / ‖Jᵀδ‖ `[U]`, recomputed from the shift.
+        converged: Whether the residual is within the tolerance, `[U]`.
+        products: Products with G spent on each unit, `[U]`.
+    """
+
+    shift: Tensor
+    residual: Tensor
+    converged: Tensor
+    products: Tensor
+
+    @property
+    def norm(self) -> Tensor:
+        """I²F = ‖shift‖ `[U]`, in units of the input."""
+        norm: Tensor = torch.linalg.vector_norm(self.shift, dim=-1)
+        return norm
+
+
+def influence(
+    jacobian: UpdateJacobian,
+    perturbation: Tensor,
+    *,
+    ridge: float | Tensor,
+    rtol: float = 1e-3,
+    max_steps: int = 256,
+) -> Influence:
+    """Returns (G + εI)⁻¹ Jᵀδ and its norm, I²F (paper, Eq. 4), by Lanczos iteration from Jᵀδ.
+
+    Args:
+        jacobian: U units.
+        perturbation: δ `[U, P]`, shared update minus u(x), in the order of `model.named_parameters()`.
+        ridge: ε ≥ 0, number or `[U]`. The best linear-Gaussian attacker uses σ²/τ²; the paper uses 1.
+        rtol: Tolerance on the relative residual.
+        max_steps: Most products with G per unit, the recomputed residual's apart.
+
+    Raises:
+        InvalidInputError: Wrong shapes or dtypes, NaN or infinity in the perturbation, a negative ridge.
+        NotTwiceDifferentiableError: From the Jacobian.
+    """
+    epsilon = _check_ridge(jacobian, ridge)
+    target = _pulled_back(jacobian, perturbation)
+    lanczos = Lanczos(jacobian, target, max_steps=max_steps)
+    beta_one = lanczos.start_norm.double()
+
+    def coefficients(state: Lanczos) -> tuple[Tensor, Tensor]:
+        """Solution of (T + ε)y = e₁ `[U, K]`, and the residual it leaves, β_K·|y_K| `[U]`."""
+        t, coupling = state.tridiagonal()
+        eye = torch.eye(t.shape[-1], dtype=t.dtype, device=t.device)
+        solvable = torch.where(state.failed[:, None, None], eye, t + epsilon[:, None, None] * eye)
+        unit_start = eye[:, 0].expand(len(t), -1)
+        y, _ = torch.linalg.solve_ex(solvable, unit_start)
+        last = y.gather(-1, (state.size - 1).clamp(min=0)[:, None]).squeeze(-1)
+        return y, coupling * last.abs()
+
+    # Half the tolerance leaves room for the rounding that the recurrence does not see.
+    lanczos.run(lambda state: coefficients(state)[1] <= 0.5 * rtol)
+    y, _ = coefficients(lanczos)
+    taken = torch.arange(y.shape[-1], device=y.device) < lanczos.size[:, None]
+    weights = torch.where(taken, y * beta_one[:, None], 0.0).to(jacobian.dtype)
+    shift = torch.einsum("kud,uk->ud", lanczos.basis[: y.shape[-1]], weights)
+    shift = torch.where(lanczos.failed[:, None], torch.nan, shift)
+    left = target - jacobian.gram(shift) - epsilon[:, None].to(shift.dtype) * shift
+    norm = torch.linalg.vector_norm(target, dim=-1)
+    residual = torch.where(norm > 0, torch.linalg.vector_norm(left, dim=-1) / norm, torch.zeros_like(norm))
+    return Influence(shift, residual, residual <= rtol, lanczos.size + 1)
+
+
+def influence_lower_bound(
+    jacobian: UpdateJacobian, perturbation: Tensor, *, rtol: float = 1e-4, max_steps: int = 64
+) -> Tensor:
+    """Returns ‖Jᵀδ‖ / λ_max(G) `[U]` (paper, Eq. 5), which no ridge-free I²F falls below.
+
+    λ_max is replaced by a bound from above that is within `rtol` of it once Lanczos has converged, so that what is
+    returned stays a lower bound.
+
+    Args:
+        jacobian: U units.
+        perturbation: δ `[U, P]`.
+        rtol: Relative accuracy of λ_max.
+        max_steps: Most products with G per unit.
+
+    Raises:
+        InvalidInputError: Wrong shapes or dtypes, NaN or infinity in the perturbation.
+        NotTwiceDifferentiableError: From the Jacobian.
+    """
+    target = _pulled_back(jacobian, perturbation)
+    # Jᵀδ leans to the large eigenvalues already; a random part makes sure that none is missed.
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(jacobian.input_dim, generator=generator, dtype=torch.float64).to(target)
+    norm = torch.linalg.vector_norm(target, dim=-1, keepdim=True)
+    direction = torch.where(norm > 0, target / norm.clamp(min=torch.finfo(norm.dtype).tiny), 0.0)
+    lanczos = Lanczos(jacobian, (direction + random / torch.linalg.vector_norm(random)), max_steps=max_steps)
+
+    def converged(state: Lanczos) -> Tensor:
+        value, error = _largest_ritz(state)
+        return error <= rtol * value
+
+    lanczos.run(converged, check_every=1)
+    value, error = _largest_ritz(lanczos)
+    bound = norm.squeeze(-1).double() / (value + error)
+    return torch.where(lanczos.failed, torch.nan, bound.nan_to_num(nan=0.0)).to(jacobian.dtype)
+
+
+def _largest_ritz(lanczos: Lanczos) -> tuple[Tensor, Tensor]:
+    """The largest eigenvalue of T `[U]`, and by how much λ_max of G may exceed it.
+
+    With residual r = β_K·|s_K| and gap g to the next eigenvalue of T the error is at most r, and r²/g once the gap has
+    settled.
+    """
+    t, coupling = lanczos.tridiagonal()
+    taken = torch.arange(t.shape[-1], device=t.device) < lanczos.size[:, None]
+    padding = torch.diag_embed(torch.where(taken, 0.0, torch.diagonal(t, dim1=-2, dim2=-1)))
+    values, vectors = torch.linalg.eigh(torch.where(lanczos.failed[:, None, None], 0.0, t - padding))
+    last = (lanczos.size - 1).clamp(min=0)
+    residual = coupling * vectors[..., -1].gather(-1, last[:, None]).squeeze(-1).abs()
+    if values.shape[-1] == 1:
+        return values[:, -1], residual
+    gap = (values[:, -1] - values[:, -2]).clamp(min=torch.finfo(torch.float64).tiny)
+    return values[:, -1], torch.minimum(residual, residual**2 / gap)
+
+
+def _pulled_back(jacobian: UpdateJacobian, perturbation: Tensor) -> Tensor:
+    """Returns Jᵀδ `[U, D]` of a checked perturbation."""
+    expected = (jacobian.num_units, jacobian.update_dim)
+    if perturbation.shape != expected:
+        raise InvalidInputError(
+            f"expected a perturbation of shape {list(expected)}, units by trained parameters, "
+            f"got {list(perturbation.shape)}"
+        )
+    finite = torch.isfinite(perturbation).all(-1)
+    if not finite.all():
+        raise InvalidInputError(
+            "expected a finite perturbation, got NaN or infinity in "
+            f"units {(~finite).nonzero().squeeze(-1).tolist()[:5]}: check what was shared"
+        )
+    return jacobian.vjp(perturbation)
+
+
+def _check_ridge(jacobian: UpdateJacobian, ridge: float | Tensor) -> Tensor:
+    epsilon = torch.as_tensor(ridge, dtype=torch.float64, device=jacobian.device)
+    if epsilon.ndim > 1 or (epsilon.ndim == 1 and len(epsilon) != jacobian.num_units):
+        raise InvalidInputError(
+            f"expected ridge as one number or one per unit [{jacobian.num_units}], got shape {list(epsilon.shape)}"
+        )
+    if not (torch.isfinite(epsilon) & (epsilon >= 0)).all():
+        raise InvalidInputError(f"expected a finite ridge >= 0, got {ridge}")
+    return epsilon.expand(jacobian.num_units)

@@ -1,0 +1,314 @@
+"""The Jacobian of a client's update with respect to its private inputs, as a linear operator.
+
+J = ∂u/∂x ∈ R^{P×D}, for update u ∈ R^P and private input x ∈ R^D. (The paper's J is our Jᵀ.) J is never formed: only
+J·v, Jᵀ·w and G·v with G = JᵀJ ∈ R^{D×D}, for many audit units at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fl_privacy.errors import InvalidInputError
+from fl_privacy.influence.update import Linearization, UpdateMap
+
+DEFAULT_MEMORY_BUDGET = 2 * 1024**3
+"""Bytes of graph that one vectorised pass may keep."""
+
+
+class UpdateJacobian:
+    """J = ∂u/∂x of many audit units that share one θ, as products with vectors.
+
+    A unit is a client's batch together with what of it is private: one example, the attacker knowing the rest (unit
+    `example`), or all of it (unit `batch`). Flat inputs follow the private inputs' memory order, flat updates the order
+    of `model.named_parameters()`.
+
+    Args:
+        update: The update map u.
+        params: Global parameters θ by name.
+        inputs: `[U, N, *shape]`, floating point.
+        labels: `[U, N, ...]`.
+        private: `[U]`, index of each unit's one private example (D = d, the size of one example). `None`: the whole
+            batch is private (D = N·d). Where examples do not interact, only the private one is run, scaled by 1/N.
+        memory_budget: Bytes of graph that one pass over units may keep. Units are cut into chunks that
+            fit; a unit that does not fit alone is run alone, its graphs rebuilt for every product.
+
+    Raises:
+        InvalidInputError: Wrong shapes, dtypes or devices, labels out of range, NaN or infinity, an empty batch.
+        NotTwiceDifferentiableError: On the first product, if the loss has no second derivatives.
+    """
+
+    def __init__(
+        self,
+        update: UpdateMap,
+        params: Mapping[str, Tensor],
+        inputs: Tensor,
+        labels: Tensor,
+        *,
+        private: Tensor | None = None,
+        memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    ) -> None:
+        _check_arguments(update, params, inputs, labels, private, memory_budget)
+        self._update = update
+        self._params = {name: p.detach() for name, p in params.items()}
+        self._theta = update.layout.flatten(params)
+        self._batch = (inputs.detach(), labels)
+        self._memory_budget = memory_budget
+        self._private = private
+        self._scale = 1.0
+        self._inputs, self._labels = self._batch
+        self._slot = private
+        if private is not None and not _examples_interact(update, params, inputs, labels):
+            # u is a mean of one term per example: J has only the private one's, over N.
+            rows = torch.arange(len(inputs), device=inputs.device)
+            self._inputs, self._labels = inputs[rows, private, None], labels[rows, private, None]
+            self._slot, self._scale = None, 1.0 / inputs.shape[1]
+        self._lane_bytes: int | None = None
+        self._kept: Linearization | None = None
+
+    @property
+    def num_units(self) -> int:
+        """U, the number of audit units."""
+        return self._inputs.shape[0]
+
+    @property
+    def input_dim(self) -> int:
+        """D, the number of private input elements of one unit."""
+        per_example = math.prod(self._inputs.shape[2:])
+        return per_example if self._slot is not None else per_example * self._inputs.shape[1]
+
+    @property
+    def update_dim(self) -> int:
+        """P, the number of trained parameters."""
+        return self._update.layout.dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of every product."""
+        return self._inputs.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of every product."""
+        return self._inputs.device
+
+    @property
+    def memory_budget(self) -> int:
+        """Bytes of graph that one pass may keep."""
+        return self._memory_budget
+
+    @property
+    def private_inputs(self) -> Tensor:
+        """Private inputs x, flattened, `[U, D]`."""
+        inputs, _ = self._batch
+        if self._private is None:
+            return inputs.reshape(self.num_units, -1)
+        return inputs[torch.arange(self.num_units, device=self.device), self._private].reshape(self.num_units, -1)
+
+    def update(self) -> Tensor:
+        """Returns u(x) `[U, P]`, the undefended update of the whole batch."""
+        inputs, labels = self._batch
+        chunks = [slice(i, i + self.lanes_per_pass) for i in range(0, self.num_units, self.lanes_per_pass)]
+        return torch.cat(
+            [self._update.update(self._params, self._lanes(inputs[c]), inputs[c], labels[c]) for c in chunks]
+        )
+
+    def jvp(self, vectors: Tensor) -> Tensor:
+        """Returns J·v `[U, P]` for v `[U, D]`."""
+        return self._apply(lambda lin, v, lanes: self._jvp(lin, v, lanes), vectors, self.input_dim)
+
+    def vjp(self, vectors: Tensor) -> Tensor:
+        """Returns Jᵀ·w `[U, D]` for w `[U, P]`."""
+        return self._apply(lambda lin, w, lanes: self._vjp(lin, w, lanes), vectors, self.update_dim)
+
+    def gram(self, vectors: Tensor) -> Tensor:
+        """Returns G·v = JᵀJ·v `[U, D]` for v `[U, D]`."""
+        return self._apply(
+            lambda lin, v, lanes: self._vjp(lin, self._jvp(lin, v, lanes), lanes), vectors, self.input_dim
+        )
+
+    def select(self, units: Tensor) -> UpdateJacobian:
+        """Returns the Jacobian of the given units `[V]` (indices, repeats allowed)."""
+        chosen = object.__new__(UpdateJacobian)
+        chosen.__dict__.update(self.__dict__)
+        inputs, labels = self._batch
+        chosen._batch = (inputs[units], labels[units])
+        chosen._inputs, chosen._labels = self._inputs[units], self._labels[units]
+        chosen._private = None if self._private is None else self._private[units]
+        chosen._slot = None if self._slot is None else self._slot[units]
+        chosen._kept = None
+        return chosen
+
+    def to(self, dtype: torch.dtype) -> UpdateJacobian:
+        """Returns the same Jacobian in another floating-point type."""
+        inputs, labels = self._batch
+        return UpdateJacobian(
+            self._update,
+            {name: p.to(dtype) if p.is_floating_point() else p for name, p in self._params.items()},
+            inputs.to(dtype),
+            labels.to(dtype) if labels.is_floating_point() else labels,
+            private=self._private,
+            memory_budget=self._memory_budget,
+        )
+
+    @property
+    def lane_bytes(self) -> int:
+        """Bytes that one unit's graphs keep, measured on the first unit or two."""
+        if self._lane_bytes is None:
+            probe = self.select(torch.arange(min(2, self.num_units), device=self.device))
+            held: dict[int, int] = {}
+
+            def pack(tensor: Tensor) -> Tensor:
+                storage = tensor.untyped_storage()
+                held[storage.data_ptr()] = storage.nbytes()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                # The first step's graph stands for all: they have one shape but for a last, smaller mini-batch.
+                self._update.graph(self._params, probe._lanes(probe._inputs), probe._inputs, probe._labels)
+            graph = sum(held.values()) // probe.num_units
+            vectors = 6 * self.update_dim * self._inputs.element_size()
+            self._lane_bytes = max(1, graph * self._update.num_graphs + vectors)
+        return self._lane_bytes
+
+    @property
+    def lanes_per_pass(self) -> int:
+        """Number of units that one vectorised pass takes within the memory budget, at least one."""
+        return max(1, self._memory_budget // self.lane_bytes)
+
+    def _apply(self, product: Callable[[Linearization, Tensor, slice], Tensor], vectors: Tensor, dim: int) -> Tensor:
+        if vectors.shape != (self.num_units, dim):
+            raise InvalidInputError(
+                f"expected vectors of shape [{self.num_units}, {dim}], units by length, got {list(vectors.shape)}"
+            )
+        if vectors.dtype != self.dtype or vectors.device != self.device:
+            raise InvalidInputError(
+                f"expected vectors of {self.dtype} on {self.device}, got {vectors.dtype} on {vectors.device}"
+            )
+        return torch.cat([product(lin, vectors[lanes], lanes) for lanes, lin in self._linearizations()])
+
+    def _linearizations(self) -> Iterator[tuple[slice, Linearization]]:
+        """Yields chunks of units and their linearisation; a single chunk's is kept for the next product."""
+        size = self.lanes_per_pass
+        if self.num_units <= size:
+            if self._kept is None:
+                self._kept = self._linearize(slice(0, self.num_units))
+            yield slice(0, self.num_units), self._kept
+            return
+        for start in range(0, self.num_units, size):
+            lanes = slice(start, min(start + size, self.num_units))
+            yield lanes, self._linearize(lanes)
+
+    def _linearize(self, lanes: slice) -> Linearization:
+        inputs, labels = self._inputs[lanes], self._labels[lanes]
+        retain = self.lane_bytes * len(inputs) <= self._memory_budget
+        return self._update.linearize(self._params, self._lanes(inputs), inputs, labels, retain=retain)
+
+    def _lanes(self, inputs: Tensor) -> Tensor:
+        return self._theta.expand(len(inputs), -1)
+
+    def _jvp(self, linearization: Linearization, vectors: Tensor, lanes: slice) -> Tensor:
+        # Zero but for the private example, [L, N, d].
+        spread = vectors if self._slot is None else self._slot_mask(lanes) * vectors[:, None]
+        return self._scale * linearization.jvp(spread.reshape(self._inputs[lanes].shape))
+
+    def _vjp(self, linearization: Linearization, vectors: Tensor, lanes: slice) -> Tensor:
+        inputs_bar = linearization.vjp(vectors).flatten(2)  # [L, N, d]
+        if self._slot is not None:
+            inputs_bar = (self._slot_mask(lanes) * inputs_bar).sum(1)
+        return self._scale * inputs_bar.reshape(len(vectors), self.input_dim)
+
+    def _slot_mask(self, lanes: slice) -> Tensor:
+        """One at each unit's private example, `[L, N, 1]`."""
+        assert self._slot is not None
+        examples = torch.arange(self._inputs.shape[1], device=self.device)
+        return (examples == self._slot[lanes, None])[..., None].to(self.dtype)
+
+
+def _examples_interact(update: UpdateMap, params: Mapping[str, Tensor], inputs: Tensor, labels: Tensor) -> bool:
+    """Whether the loss of a batch is anything but the mean of its examples' losses, each run alone."""
+    if inputs.shape[1] == 1:
+        return False
+    if update.mixes_examples:
+        return True
+    if update.batch_norm == "train" and any(isinstance(m, _BatchNorm) for m in update.model.modules()):
+        return True
+    tolerance = 1e-4 if inputs.dtype == torch.float32 else 1e-9
+    distinct = 1 if inputs.stride(0) == 0 and labels.stride(0) == 0 else len(inputs)
+    for unit in range(distinct):
+        together, alone = update.example_losses(params, inputs[unit], labels[unit])
+        if (together - alone.mean()).abs() > tolerance * together.abs().clamp(min=1.0):
+            return True
+    return False
+
+
+def _check_arguments(
+    update: UpdateMap,
+    params: Mapping[str, Tensor],
+    inputs: Tensor,
+    labels: Tensor,
+    private: Tensor | None,
+    memory_budget: int,
+) -> None:
+    if inputs.ndim < 3 or 0 in inputs.shape:
+        raise InvalidInputError(
+            "expected inputs of shape [units, examples, *example shape] with nothing empty, "
+            f"got {list(inputs.shape)}: one client's batch becomes one unit with inputs[None]"
+        )
+    if inputs.dtype not in (torch.float32, torch.float64):
+        raise InvalidInputError(
+            f"expected float32 or float64 inputs, got {inputs.dtype}: scale pixels to floats, and audit token ids at "
+            "the embeddings with input_module="
+        )
+    if labels.shape[:2] != inputs.shape[:2]:
+        raise InvalidInputError(
+            f"expected labels that begin with [{inputs.shape[0]}, {inputs.shape[1]}] like the inputs, "
+            f"got {list(labels.shape)}"
+        )
+    if not torch.isfinite(inputs).all():
+        raise InvalidInputError("expected finite inputs, got NaN or infinity: check the client's data")
+    for name in update.layout.names:
+        if name not in params:
+            raise InvalidInputError(f"expected a tensor for every trained parameter in params, {name} is missing")
+        tensor = params[name]
+        if tensor.dtype != inputs.dtype or tensor.device != inputs.device:
+            raise InvalidInputError(
+                f"expected parameter {name} of {inputs.dtype} on {inputs.device} like the inputs, "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise InvalidInputError(f"expected finite parameters, got NaN or infinity in {name}: training has diverged")
+    if private is not None:
+        if private.shape != inputs.shape[:1] or private.dtype != torch.long:
+            raise InvalidInputError(
+                f"expected private of shape [{inputs.shape[0]}] and torch.int64, got {list(private.shape)} and "
+                f"{private.dtype}: it holds one index per unit"
+            )
+        if not ((private >= 0) & (private < inputs.shape[1])).all():
+            raise InvalidInputError(f"expected private indices in [0, {inputs.shape[1]}), got {private.tolist()}")
+    if memory_budget <= 0:
+        raise InvalidInputError(f"expected memory_budget > 0 bytes, got {memory_budget}")
+    update.check_batch_size(inputs.shape[1])
+    _check_labels(update, params, inputs[0], labels)
+
+
+def _check_labels(update: UpdateMap, params: Mapping[str, Tensor], inputs: Tensor, labels: Tensor) -> None:
+    if labels.is_floating_point():
+        if not torch.isfinite(labels).all():
+            raise InvalidInputError("expected finite labels, got NaN or infinity")
+        return
+    outputs = update.outputs(params, inputs)
+    if outputs.ndim != labels.ndim:  # class indices [U, N, ...] go with scores [N, C, ...]
+        return
+    ignored = getattr(update.loss, "ignore_index", None)
+    wrong = (labels < 0) | (labels >= outputs.shape[1])
+    wrong &= labels != ignored if ignored is not None else torch.ones_like(wrong)
+    if wrong.any():
+        raise InvalidInputError(
+            f"expected labels in [0, {outputs.shape[1]}), the model's number of classes, "
+            f"got {sorted(set(labels[wrong].tolist()))[:5]}"
+        )

@@ -1,0 +1,1 @@
+"""Federated image classification, audited: a Flower app."""

@@ -1,0 +1,97 @@
+"""The server: federated averaging, wrapped so that every client is audited in every round."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from logging import INFO
+
+from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
+from flwr.supercore import log
+from torch import nn
+
+from fl_privacy.audit import AuditSettings, Executor, RayExecutor, SerialExecutor
+from fl_privacy.reference import ImageData
+from fl_privacy.strategies import InversionAudit
+from vision.settings import Settings
+from vision.task import load_data, new_model
+from vision.training import evaluate
+
+CONNECT_SECONDS = 60.0
+"""How long the server waits for all clients before it gives up."""
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Runs the federation. Any error here fails the run.
+
+    Raises:
+        RuntimeError: The clients are not there, or not one of them shared an update.
+    """
+    settings = Settings.from_run_config(context.run_config)
+    data = load_data(settings)
+    wait_for_clients(grid, settings.num_clients)
+    strategy = InversionAudit(
+        FedAvg(fraction_evaluate=0.0, min_train_nodes=settings.num_clients, min_available_nodes=settings.num_clients),
+        model=new_model(settings, data),
+        loss=nn.CrossEntropyLoss(),
+        settings=AuditSettings(
+            unit=settings.audit_unit,
+            target_leakage=settings.audit_target_leakage,
+            max_examples=settings.audit_max_examples,
+            prior_std=settings.audit_prior_std or None,
+        ),
+        executor=new_executor(settings),
+        ledger=settings.ledger,
+        on_audit_failure=settings.audit_on_failure,
+        time_limit=settings.audit_time_limit,
+    )
+    result = strategy.start(
+        grid=grid,
+        initial_arrays=ArrayRecord(new_model(settings, data).state_dict()),
+        num_rounds=settings.num_server_rounds,
+        evaluate_fn=central_evaluation(settings, data),
+    )
+    if not result.train_metrics_clientapp:
+        raise RuntimeError("no client shared an update in any round; the log above has the clients' errors")
+    accuracies = [str(metrics["accuracy"]) for metrics in result.evaluate_metrics_serverapp.values()]
+    log(INFO, "Test accuracy, before training and after each round: %s", " → ".join(accuracies))
+
+
+def wait_for_clients(grid: Grid, num_clients: int) -> None:
+    """Returns once all clients are connected.
+
+    Raises:
+        RuntimeError: After `CONNECT_SECONDS` there are fewer, or there are more than expected.
+    """
+    deadline = time.monotonic() + CONNECT_SECONDS
+    while (connected := len(list(grid.get_node_ids()))) < num_clients and time.monotonic() < deadline:
+        time.sleep(0.5)
+    if connected != num_clients:
+        raise RuntimeError(
+            f"expected the {num_clients} SuperNodes of num-clients={num_clients}, and {connected} are connected: "
+            f'start the run with --federation-config "num-supernodes={num_clients}"'
+        )
+
+
+def new_executor(settings: Settings) -> Executor:
+    """Returns what runs the audits: Ray actors, or the server's own process for no workers."""
+    if settings.audit_workers == 0:
+        return SerialExecutor()
+    return RayExecutor(num_workers=settings.audit_workers, num_gpus=settings.audit_gpus)
+
+
+def central_evaluation(settings: Settings, data: ImageData) -> Callable[[int, ArrayRecord], MetricRecord]:
+    """Returns the function that measures the global model on the test examples after each round."""
+    model = new_model(settings, data)
+
+    def evaluate_round(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        model.load_state_dict(arrays.to_torch_state_dict())
+        loss, accuracy = evaluate(model, data.test)
+        return MetricRecord({"accuracy": round(accuracy, 4), "loss": round(loss, 4)})
+
+    return evaluate_round
