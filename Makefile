@@ -49,7 +49,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$candidate; break; fi; \
 	done; \
 	if [ -z "$${python:-}" ]; then \
-	    echo "Python 3.11 or newer is needed; found $$(python3 --version 2>&1) as python3, and no python3.11 to python3.13." >&2; \
+	    echo "Python 3.11 or newer is needed, as python3 or python3.11 to python3.13; found $$(python3 --version 2>/dev/null || echo none)." >&2; \
 	    exit 1; \
 	fi; \
 	set -x; \

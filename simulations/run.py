@@ -24,17 +24,15 @@ ROOT = Path(__file__).resolve().parents[1]
 APP = ROOT / "simulations" / "vision"
 GRACE_SECONDS = 6.0
 COMPLETED = "finished:completed"
+CPUS_PER_CLIENT = 2
+"""Flower's own default."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the simulation and returns the exit code: 0 only for a run that was completed."""
     options = _parse(arguments)
     num_supernodes, run_config = _agree_on_clients(options.num_supernodes, options.run_config)
-    federation_config = [f"num-supernodes={num_supernodes}"]
-    if num_supernodes < _usable_cpus():
-        # Flower starts one client actor per CPU before round 1, also those that no client will ever need.
-        federation_config.append(f"init-args-num-cpus={num_supernodes}")
-    federation_config += options.federation_config
+    federation_config = _federation_config(num_supernodes, options.federation_config)
     adopt_orphans()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
@@ -79,6 +77,18 @@ def _agree_on_clients(num_supernodes: int | None, run_config: list[str]) -> tupl
     if int(given.get("num-clients", number)) != number:
         sys.exit(f"--num-supernodes {number} contradicts num-clients={given['num-clients']}: give one of the two")
     return number, [*run_config, f"num-clients={number}"]
+
+
+def _federation_config(num_supernodes: int, given: list[str]) -> list[str]:
+    """Returns Flower's options of the simulated federation: those that were given, and the size."""
+    keys = parse_config_args(given).keys()
+    if "num-supernodes" in keys:
+        sys.exit("num-supernodes in --federation-config: give it as --num-supernodes")
+    added = [f"num-supernodes={num_supernodes}"]
+    if "init-args-num-cpus" not in keys and CPUS_PER_CLIENT * num_supernodes < _usable_cpus():
+        # Flower fills all CPUs with client actors before round 1, also with those that no client will ever need.
+        added.append(f"init-args-num-cpus={CPUS_PER_CLIENT * num_supernodes}")
+    return given + added
 
 
 def _usable_cpus() -> int:

@@ -42,7 +42,7 @@ class SuperLink:
         The exit code says whether the run was accepted; `status` says what became of it.
         """
         options = [item for value in run_config for item in ("--run-config", value)]
-        options += ["--federation-config", " ".join(federation_config)]
+        options += [item for value in federation_config for item in ("--federation-config", value)]
         command = [_tool("flwr"), "run", str(app), NAME, "--stream", *options]
         return subprocess.run(command, env=self.environment, preexec_fn=end_with_parent, check=False).returncode
 

@@ -1,0 +1,58 @@
+"""Auditing: what is measured of a round, who computes it, and where it is written down.
+
+Names are imported on first use: the ledger and the estimate work without torch, only the Ray pool needs Ray.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fl_privacy.audit.auditor import Auditor
+    from fl_privacy.audit.estimate import LeakageEstimate, Source, Status
+    from fl_privacy.audit.executor import Executor, SerialExecutor
+    from fl_privacy.audit.ledger import Ledger
+    from fl_privacy.audit.pool import RayExecutor
+    from fl_privacy.audit.settings import AuditSettings
+    from fl_privacy.audit.task import AuditTask, TrainingTrace
+
+__all__ = [
+    "AuditSettings",
+    "AuditTask",
+    "Auditor",
+    "Executor",
+    "LeakageEstimate",
+    "Ledger",
+    "RayExecutor",
+    "SerialExecutor",
+    "Source",
+    "Status",
+    "TrainingTrace",
+]
+
+_HOMES = {
+    "AuditSettings": "settings",
+    "AuditTask": "task",
+    "Auditor": "auditor",
+    "Executor": "executor",
+    "LeakageEstimate": "estimate",
+    "Ledger": "ledger",
+    "RayExecutor": "pool",
+    "SerialExecutor": "executor",
+    "Source": "estimate",
+    "Status": "estimate",
+    "TrainingTrace": "task",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,6 @@
+"""The client side of an audit in Flower: a mod that reports how an update was made, and the record it reports in."""
+
+from fl_privacy.flower.capture import record_batch, record_batches
+from fl_privacy.flower.mod import InversionAuditMod
+
+__all__ = ["InversionAuditMod", "record_batch", "record_batches"]

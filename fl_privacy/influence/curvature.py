@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -56,6 +56,7 @@ class LossCurvature:
                 "expected a loss whose parameter gradient depends on the inputs, got one whose gradient is constant in "
                 "them: look for detach(), no_grad() or argmax in the model or the loss"
             )
+        _check_graph(gradients)
 
     @property
     def gradient(self) -> Tensor:
@@ -99,6 +100,26 @@ def _lane_losses(loss: LaneLoss, theta: Tensor, inputs: Tensor, labels: Tensor, 
             losses: Tensor = vmap(loss)(theta, inputs, labels)
         return losses
     return torch.stack([loss(theta[i], inputs[i], labels[i]) for i in range(theta.shape[0])])
+
+
+def _check_graph(gradients: Iterable[Tensor | None]) -> None:
+    """Refuses graphs that end in an error node, such as those of once-differentiable functions.
+
+    Such a node is not connected to θ or x: autograd would prune it and take its part of the product for zero.
+    """
+    todo = [g.grad_fn for g in gradients if g is not None]
+    seen: set[object] = set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "torch::autograd::Error":
+            raise NotTwiceDifferentiableError(
+                "expected a model and a loss that autograd can differentiate twice, got an autograd.Function marked "
+                "once_differentiable: write its backward with differentiable operations"
+            )
+        seen.add(node)
+        todo.extend(following for following, _ in node.next_functions)
 
 
 def _differentiate(

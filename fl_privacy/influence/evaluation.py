@@ -43,8 +43,19 @@ def audit_mode(model: nn.Module, *, batch_norm: BatchNormMode = "eval") -> Itera
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if recurrent:
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            stack.enter_context(_without_onednn())
         yield
+
+
+@contextlib.contextmanager
+def _without_onednn() -> Iterator[None]:
+    # mkldnn.flags() would write its precision switches back as well, and warn where a build lacks them.
+    enabled = bool(torch.backends.mkldnn.enabled)
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = enabled  # type: ignore[assignment]
 
 
 def _restore(

@@ -14,6 +14,7 @@ from torch import Tensor
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.influence.jacobian import UpdateJacobian
 from fl_privacy.influence.lanczos import Lanczos
+from fl_privacy.influence.options import check_effort, per_unit
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,10 +58,11 @@ def influence(
         max_steps: Most products with G per unit, the recomputed residual's apart.
 
     Raises:
-        InvalidInputError: Wrong shapes or dtypes, NaN or infinity in the perturbation, a negative ridge.
+        InvalidInputError: Wrong shapes or dtypes, NaN or infinity in the perturbation, an option out of range.
         NotTwiceDifferentiableError: From the Jacobian.
     """
-    epsilon = _check_ridge(jacobian, ridge)
+    check_effort(rtol=rtol, max_steps=max_steps)
+    epsilon = per_unit(ridge, "ridge", num_units=jacobian.num_units, device=jacobian.device)
     target = _pulled_back(jacobian, perturbation)
     lanczos = Lanczos(jacobian, target, max_steps=max_steps)
     beta_one = lanczos.start_norm.double()
@@ -103,9 +105,10 @@ def influence_lower_bound(
         max_steps: Most products with G per unit.
 
     Raises:
-        InvalidInputError: Wrong shapes or dtypes, NaN or infinity in the perturbation.
+        InvalidInputError: Wrong shapes or dtypes, NaN or infinity in the perturbation, an option out of range.
         NotTwiceDifferentiableError: From the Jacobian.
     """
+    check_effort(rtol=rtol, max_steps=max_steps)
     target = _pulled_back(jacobian, perturbation)
     # Jᵀδ leans to the large eigenvalues already; a random part makes sure that none is missed.
     generator = torch.Generator().manual_seed(0)
@@ -157,14 +160,3 @@ def _pulled_back(jacobian: UpdateJacobian, perturbation: Tensor) -> Tensor:
             f"units {(~finite).nonzero().squeeze(-1).tolist()[:5]}: check what was shared"
         )
     return jacobian.vjp(perturbation)
-
-
-def _check_ridge(jacobian: UpdateJacobian, ridge: float | Tensor) -> Tensor:
-    epsilon = torch.as_tensor(ridge, dtype=torch.float64, device=jacobian.device)
-    if epsilon.ndim > 1 or (epsilon.ndim == 1 and len(epsilon) != jacobian.num_units):
-        raise InvalidInputError(
-            f"expected ridge as one number or one per unit [{jacobian.num_units}], got shape {list(epsilon.shape)}"
-        )
-    if not (torch.isfinite(epsilon) & (epsilon >= 0)).all():
-        raise InvalidInputError(f"expected a finite ridge >= 0, got {ridge}")
-    return epsilon.expand(jacobian.num_units)

@@ -241,7 +241,9 @@ def _examples_interact(update: UpdateMap, params: Mapping[str, Tensor], inputs: 
     distinct = 1 if inputs.stride(0) == 0 and labels.stride(0) == 0 else len(inputs)
     for unit in range(distinct):
         together, alone = update.example_losses(params, inputs[unit], labels[unit])
-        if (together - alone.mean()).abs() > tolerance * together.abs().clamp(min=1.0):
+        difference = (together - alone.mean()).abs()
+        # NaN is a difference, too: the mean over an example whose only label is ignored.
+        if not difference <= tolerance * together.abs().clamp(min=1.0):
             return True
     return False
 
@@ -271,10 +273,15 @@ def _check_arguments(
         )
     if not torch.isfinite(inputs).all():
         raise InvalidInputError("expected finite inputs, got NaN or infinity: check the client's data")
-    for name in update.layout.names:
+    for name, shape in zip(update.layout.names, update.layout.shapes, strict=True):
         if name not in params:
             raise InvalidInputError(f"expected a tensor for every trained parameter in params, {name} is missing")
         tensor = params[name]
+        if tensor.shape != shape:
+            raise InvalidInputError(
+                f"expected parameter {name} of shape {list(shape)}, got {list(tensor.shape)}: "
+                "are these the parameters of this model?"
+            )
         if tensor.dtype != inputs.dtype or tensor.device != inputs.device:
             raise InvalidInputError(
                 f"expected parameter {name} of {inputs.dtype} on {inputs.device} like the inputs, "

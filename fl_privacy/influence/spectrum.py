@@ -12,6 +12,7 @@ from torch import Tensor
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.influence.jacobian import UpdateJacobian
 from fl_privacy.influence.lanczos import Lanczos
+from fl_privacy.influence.options import check_effort, per_unit
 from fl_privacy.influence.quadrature import QuadratureRule, eigenvalue_rule, gauss_radau_rule, gauss_rule
 from fl_privacy.interval import Interval
 
@@ -110,7 +111,7 @@ class Spectrum:
         if not 0 < target_leakage < 1:
             raise InvalidInputError(f"expected target_leakage strictly between 0 and 1, got {target_leakage}")
         tau = self._per_unit(prior_std, "prior_std")
-        scale = self.largest.clamp(min=torch.finfo(torch.float64).tiny)
+        scale = torch.where(self.failed, 1.0, self.largest.clamp(min=torch.finfo(torch.float64).tiny))
         low, high = torch.full_like(scale, -40.0), torch.full_like(scale, 40.0)  # of ln(ε/λ_max)
         for _ in range(80):
             middle = (low + high) / 2
@@ -159,14 +160,7 @@ class Spectrum:
         return (sigma / tau) ** 2
 
     def _per_unit(self, value: float | Tensor, name: str) -> Tensor:
-        tensor = torch.as_tensor(value, dtype=torch.float64, device=self.resolution.device)
-        if tensor.ndim > 1 or (tensor.ndim == 1 and len(tensor) != self.num_units):
-            raise InvalidInputError(
-                f"expected {name} as one number or one per unit [{self.num_units}], got shape {list(tensor.shape)}"
-            )
-        if (tensor < 0).any() or tensor.isinf().any():
-            raise InvalidInputError(f"expected finite {name} >= 0, got {value}")
-        return tensor.expand(self.num_units)
+        return per_unit(value, name, num_units=self.num_units, device=self.resolution.device)
 
 
 def rule_gap(gauss: QuadratureRule, radau: QuadratureRule, ridge: Tensor) -> Tensor:
@@ -205,18 +199,16 @@ def estimate_spectrum(
         InvalidInputError: An option is out of range.
         NotTwiceDifferentiableError: From the Jacobian.
     """
-    if num_probes < 1 or max_steps < 1 or not rtol > 0:
-        raise InvalidInputError(
-            f"expected num_probes >= 1, max_steps >= 1 and rtol > 0, got {num_probes}, {max_steps} and {rtol}"
-        )
+    if num_probes < 1:
+        raise InvalidInputError(f"expected num_probes >= 1, got {num_probes}")
+    check_effort(rtol=rtol, max_steps=max_steps)
+    floor = per_unit(0.0 if ridge is None else ridge, "ridge", num_units=jacobian.num_units, device=jacobian.device)
     if jacobian.input_dim <= num_probes * max_steps:
         return _exact_spectrum(jacobian)
     # As many units at once as fit with their probes: the graphs of a pass, and the Krylov bases.
     basis_bytes = (max_steps + 1) * jacobian.input_dim * jacobian.dtype.itemsize
     lanes = min(jacobian.lanes_per_pass, jacobian.memory_budget // basis_bytes)
     at_once = max(1, lanes // num_probes)
-    floor = torch.as_tensor(0.0 if ridge is None else ridge, dtype=torch.float64, device=jacobian.device)
-    floor = floor.expand(jacobian.num_units)
     parts = [
         _sampled_spectrum(jacobian.select(units), num_probes, rtol, max_steps, seed, floor[units])
         for units in torch.split(torch.arange(jacobian.num_units, device=jacobian.device), at_once)

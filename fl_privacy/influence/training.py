@@ -60,10 +60,12 @@ class LocalTrainingUpdate(UpdateMap):
             raise InvalidInputError(
                 f"expected one learning rate or one per step ({len(self.batches)}), got {len(self.lr)}"
             )
-        numbers = {"momentum": momentum, "weight_decay": weight_decay, "lr": min(self.lr)}
-        for name, number in numbers.items():
+        numbers = [("momentum", momentum), ("weight_decay", weight_decay), *(("lr", rate) for rate in self.lr)]
+        for name, number in numbers:
             if not (math.isfinite(number) and number >= 0):
                 raise InvalidInputError(f"expected a finite {name} >= 0, got {number}")
+        if not math.isfinite(dampening):
+            raise InvalidInputError(f"expected a finite dampening, got {dampening}")
         if nesterov and (momentum == 0 or dampening != 0):
             raise InvalidInputError("expected momentum > 0 and dampening = 0 with nesterov, as torch.optim.SGD does")
         self.momentum, self.dampening, self.weight_decay, self.nesterov = momentum, dampening, weight_decay, nesterov

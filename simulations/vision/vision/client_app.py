@@ -9,12 +9,12 @@ from flwr.clientapp import ClientApp
 from fl_privacy.flower import InversionAuditMod, record_batches
 from vision.defences import ARRAYS, defend, describe_defence
 from vision.settings import Settings
-from vision.task import load_data, new_model, partition_id, partition_indices
+from vision.task import client_seed, load_data, new_model, partition_id, partition_indices
 from vision.training import draw_batches
 from vision.training import train as train_model
 
 # The first mod is the outermost: it changes what leaves the client. The last one sees the update that training gave.
-app = ClientApp(mods=[defend, InversionAuditMod(hand_over_batch=True, defence=describe_defence)])
+app = ClientApp(mods=[defend, InversionAuditMod(hand_over_batches=True, defence=describe_defence)])
 
 
 @app.train()
@@ -22,7 +22,6 @@ def train(message: Message, context: Context) -> Message:
     """Trains the global model on this client's examples and replies with the parameters it got to."""
     settings = Settings.from_run_config(context.run_config)
     client = partition_id(context, settings)
-    server_round = int(message.content["config"]["server-round"])
     data = load_data(settings)
     indices = partition_indices(settings, client)
     batches = draw_batches(
@@ -30,10 +29,10 @@ def train(message: Message, context: Context) -> Message:
         indices,
         steps=settings.local_steps,
         batch_size=settings.batch_size,
-        seed=(settings.seed * settings.num_server_rounds + server_round) * settings.num_clients + client,
+        seed=client_seed(settings, message, client),
     )
     model = new_model(settings, data)
-    model.load_state_dict(message.content[ARRAYS].to_torch_state_dict())
+    model.load_state_dict(message.content.array_records[ARRAYS].to_torch_state_dict())
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     loss = train_model(model, record_batches(batches), learning_rate=settings.learning_rate, momentum=settings.momentum)
     content = RecordDict(

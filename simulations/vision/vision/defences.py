@@ -11,7 +11,7 @@ from flwr.clientapp.mod import LocalDpMod
 from flwr.clientapp.typing import ClientAppCallable, Mod
 
 from vision.settings import Settings
-from vision.task import load_data, new_model, partition_id
+from vision.task import client_seed, load_data, new_model, partition_id
 
 ARRAYS = "arrays"
 """Key of the record with the model's parameters, in Flower's messages both ways."""
@@ -24,8 +24,7 @@ def defend(message: Message, context: Context, call_next: ClientAppCallable) -> 
     settings = Settings.from_run_config(context.run_config)
     client = partition_id(context, settings)
     # LocalDpMod draws from NumPy's global generator; seeded per client and round, a run can be repeated.
-    server_round = int(message.content["config"]["server-round"])
-    np.random.seed(np.random.SeedSequence((settings.seed, server_round, client)).generate_state(4))
+    np.random.seed(client_seed(settings, message, client))
     return MODS[settings.defence_of(client)](settings)(message, context, call_next)
 
 
@@ -57,11 +56,11 @@ class PruneMod:
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """Returns the inner app's reply with the update pruned."""
-        before = {name: array.numpy() for name, array in message.content[ARRAYS].items()}
+        before = {name: array.numpy() for name, array in message.content.array_records[ARRAYS].items()}
         reply = call_next(message, context)
         if reply.has_error():
             return reply
-        after = {name: array.numpy() for name, array in reply.content[ARRAYS].items()}
+        after = {name: array.numpy() for name, array in reply.content.array_records[ARRAYS].items()}
         magnitudes = {name: np.abs(after[name] - before[name]) for name in after}
         flat = np.concatenate([magnitude.ravel() for magnitude in magnitudes.values()])
         kept = math.ceil(self.keep * flat.size)
@@ -89,15 +88,15 @@ class ParametersOnly:
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """Returns the reply of the mod around the inner app, with the buffers that the inner app returned."""
-        received = message.content[ARRAYS]
+        received = message.content.array_records[ARRAYS]
         returned: list[ArrayRecord] = []
 
         def inner(message: Message, context: Context) -> Message:
             message.content[ARRAYS] = received
             reply = call_next(message, context)
             if not reply.has_error():
-                returned.append(reply.content[ARRAYS])
-                reply.content[ARRAYS] = self._narrowed(reply.content[ARRAYS])
+                returned.append(reply.content.array_records[ARRAYS])
+                reply.content[ARRAYS] = self._narrowed(returned[0])
             message.content[ARRAYS] = self._narrowed(received)
             return reply
 
@@ -105,7 +104,7 @@ class ParametersOnly:
         reply = self.mod(message, context, inner)
         message.content[ARRAYS] = received
         if not reply.has_error():
-            reply.content[ARRAYS] = ArrayRecord({**returned[0], **reply.content[ARRAYS]})
+            reply.content[ARRAYS] = ArrayRecord({**returned[0], **reply.content.array_records[ARRAYS]})
         return reply
 
     def _narrowed(self, arrays: ArrayRecord) -> ArrayRecord:

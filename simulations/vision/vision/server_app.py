@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from logging import INFO
+from typing import cast
 
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
@@ -13,8 +14,10 @@ from flwr.supercore import log
 from torch import nn
 
 from fl_privacy.audit import AuditSettings, Executor, RayExecutor, SerialExecutor
+from fl_privacy.audit.settings import Unit
 from fl_privacy.reference import ImageData
 from fl_privacy.strategies import InversionAudit
+from fl_privacy.strategies.inversion_audit import OnAuditFailure
 from vision.settings import Settings
 from vision.task import load_data, new_model
 from vision.training import evaluate
@@ -40,14 +43,15 @@ def main(grid: Grid, context: Context) -> None:
         model=new_model(settings, data),
         loss=nn.CrossEntropyLoss(),
         settings=AuditSettings(
-            unit=settings.audit_unit,
+            unit=cast(Unit, settings.audit_unit),
             target_leakage=settings.audit_target_leakage,
             max_examples=settings.audit_max_examples,
             prior_std=settings.audit_prior_std or None,
+            seed=settings.seed,
         ),
         executor=new_executor(settings),
         ledger=settings.ledger,
-        on_audit_failure=settings.audit_on_failure,
+        on_audit_failure=cast(OnAuditFailure, settings.audit_on_failure),
         time_limit=settings.audit_time_limit,
     )
     result = strategy.start(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import numpy as np
 import torch
 from datasets import Dataset
-from flwr.app import Context
+from flwr.app import Context, Message
 from flwr_datasets.partitioner import DirichletPartitioner
 from torch import Tensor, nn
 
@@ -65,3 +66,11 @@ def partition_id(context: Context, settings: Settings) -> int:
             f'make them equal, for example with --federation-config "num-supernodes={settings.num_clients}"'
         )
     return int(context.node_config["partition-id"])
+
+
+def client_seed(settings: Settings, message: Message, client: int) -> int:
+    """Returns the seed of all that is random at one client in the round that a message to it belongs to."""
+    server_round = message.content.config_records["config"]["server-round"]
+    if not isinstance(server_round, int):
+        raise ValueError(f"expected server-round to be an integer, got {server_round!r}")
+    return int(np.random.SeedSequence((settings.seed, server_round, client)).generate_state(1)[0])

@@ -38,7 +38,7 @@ def train(
     loss_of = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=momentum)
     model.train()
-    losses = []
+    losses: list[float] = []
     for images, labels in batches:
         optimizer.zero_grad()
         loss = loss_of(model(images.to(device)), labels.to(device))

@@ -1,0 +1,130 @@
+"""The auditor: takes the tasks of a round, has them run, and returns a row for each."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from importlib import metadata
+
+import numpy as np
+from torch import nn
+
+from fl_privacy.audit.estimate import LeakageEstimate, Status
+from fl_privacy.audit.executor import Executor, SerialExecutor
+from fl_privacy.audit.replay import AuditContext
+from fl_privacy.audit.settings import AuditSettings
+from fl_privacy.audit.task import Array, AuditTask
+from fl_privacy.errors import InvalidInputError
+from fl_privacy.influence.update import Loss
+
+_log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+"""Called with (clients audited, clients to audit) as a round's audit goes on."""
+
+_CLIENTS_PER_CHUNK = 8
+"""Most clients in one pass: enough to fill it, few enough that progress and time limits mean something."""
+
+
+class Auditor:
+    """Audits the clients of one round after the other.
+
+    Args:
+        model: The model that clients train; only its structure and buffers are used.
+        loss: (outputs, labels) -> scalar mean loss, the one that clients train with.
+        settings: What to measure.
+        executor: Who computes; serial in this process by default.
+        time_limit: Seconds for the audit of one round.
+
+    Raises:
+        InvalidInputError: The time limit is not positive.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        *,
+        settings: AuditSettings | None = None,
+        executor: Executor | None = None,
+        time_limit: float = 600.0,
+    ) -> None:
+        if not time_limit > 0:
+            raise InvalidInputError(f"expected time_limit > 0 seconds, got {time_limit}")
+        self.settings = settings or AuditSettings()
+        self._context = AuditContext(model=model, loss=loss, settings=self.settings, versions=_versions())
+        self._executor = executor or SerialExecutor()
+        self._time_limit = time_limit
+
+    def audit_round(
+        self, params: Mapping[str, Array], tasks: Sequence[AuditTask], *, progress: Progress | None = None
+    ) -> list[LeakageEstimate]:
+        """Returns one row per task, in order; a task that is not done within the time limit gets a row that says so.
+
+        Args:
+            params: Global parameters of the round by name.
+            tasks: What is known of each client; each client at most once.
+            progress: Told how far the audit is.
+        """
+        if not tasks:
+            return []
+        context = self._context_for(tasks)
+        rows: dict[tuple[int, str], LeakageEstimate] = {}
+        deadline = time.monotonic() + self._time_limit
+        try:
+            for chunk_rows in self._executor.run(context, params, list(self._chunks(tasks)), deadline=deadline):
+                rows.update({(row.node_id or 0, row.client): row for row in chunk_rows})
+                if progress is not None:
+                    progress(len(rows), len(tasks))
+            missing, detail = Status.LATE, f"not audited within {self._time_limit:g} s"
+        except Exception as error:  # an audit that cannot run must not end the training: the rows say why
+            _log.exception("the audit of the round failed")
+            missing, detail = Status.AUDIT_FAILED, f"{type(error).__name__}: {error}"
+        return [
+            rows.get((task.node_id, task.client))
+            or replace(task.row(missing, detail=detail), settings=self.settings.to_dict(), versions=context.versions)
+            for task in tasks
+        ]
+
+    def close(self) -> None:
+        """Releases the executor's workers."""
+        self._executor.close()
+
+    def _context_for(self, tasks: Sequence[AuditTask]) -> AuditContext:
+        """Fills in the prior's scale and the data range, once, from the first round's inputs."""
+        settings = self._context.settings
+        if settings.prior_std is None or settings.data_range is None:
+            values = np.concatenate([np.asarray(task.inputs, dtype=np.float64).ravel() for task in tasks])
+            values = values[np.isfinite(values)]
+            spread = float(values.std()) if values.size else 0.0
+            width = float(np.ptp(values)) if values.size else 0.0
+            settings = replace(
+                settings, prior_std=settings.prior_std or spread or 1.0, data_range=settings.data_range or width or 1.0
+            )
+            self._context = replace(self._context, settings=settings)
+        return self._context
+
+    def _chunks(self, tasks: Sequence[AuditTask]) -> Iterator[list[AuditTask]]:
+        """Cuts the tasks into chunks of one group, as even as possible, with work for every worker."""
+        groups: dict[Hashable, list[AuditTask]] = {}
+        for task in tasks:
+            groups.setdefault(task.group, []).append(task)
+        most = min(_CLIENTS_PER_CHUNK, -(-len(tasks) // self._executor.num_workers))
+        for group in groups.values():
+            count = -(-len(group) // most)
+            for start in range(count):
+                yield group[start::count]
+
+
+def _versions() -> dict[str, str]:
+    names = ("fl-privacy", "torch", "flwr", "ray", "numpy")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,226 @@
+"""An executor that runs audits on Ray actors."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError
+
+from fl_privacy.audit.estimate import LeakageEstimate, Status
+from fl_privacy.audit.executor import Executor
+from fl_privacy.audit.measure import audit_tasks
+from fl_privacy.audit.replay import AuditContext
+from fl_privacy.audit.task import Array, AuditTask
+from fl_privacy.errors import InvalidInputError
+
+_log = logging.getLogger(__name__)
+
+_MAX_ATTEMPTS = 3
+"""How often a chunk is tried: a worker that dies twice on the same chunk will die a third time."""
+
+
+class AuditWorker:
+    """The actor: holds the model and the loss, audits chunks on the device that Ray gave it."""
+
+    def __init__(self, context: AuditContext, num_threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(num_threads)
+        self._context = context
+        has_gpu = bool(ray.get_gpu_ids()) and torch.cuda.is_available()
+        self._device = "cuda" if has_gpu else "cpu"
+
+    def device(self) -> str:
+        """Returns the torch device on which this worker computes."""
+        return self._device
+
+    def audit(self, params: Mapping[str, Array], chunk: Sequence[AuditTask]) -> list[LeakageEstimate]:
+        """Returns the rows of a chunk."""
+        return audit_tasks(self._context, params, chunk, device=self._device)
+
+
+@dataclass
+class _Running:
+    worker: Any
+    chunk: Sequence[AuditTask]
+    attempt: int
+
+
+class RayExecutor(Executor):
+    """Runs audits on a pool of Ray actors.
+
+    Inside a Flower simulation it attaches to the simulation's cluster; elsewhere it starts or joins one of its own.
+    Actors are created when the first round is audited, not before: Flower sizes its own pool from the cluster's totals
+    when the simulation starts. Audits run while clients are idle, so by default workers ask Ray for no CPU; asking for
+    what the clients hold would wait forever, so what is free is looked at first.
+
+    Args:
+        num_workers: Actors.
+        num_gpus: GPUs per actor, fractions too. Where none is free, workers run on CPU, and the log says so.
+        num_cpus: CPUs that each actor reserves.
+        address: Of a Ray cluster, for use outside a simulation. Default: `RAY_ADDRESS`, else a cluster of its own on
+            this machine.
+
+    Raises:
+        InvalidInputError: A number is out of range.
+    """
+
+    def __init__(
+        self, *, num_workers: int = 2, num_gpus: float = 0.0, num_cpus: float = 0.0, address: str | None = None
+    ) -> None:
+        if num_workers < 1 or num_gpus < 0 or num_cpus < 0:
+            raise InvalidInputError(
+                "expected num_workers >= 1, num_gpus >= 0 and num_cpus >= 0, "
+                f"got {num_workers}, {num_gpus} and {num_cpus}"
+            )
+        self._wanted = num_workers
+        self._num_gpus = num_gpus
+        self._num_cpus = num_cpus
+        self._address = address
+        self._owns_cluster = False
+        self._context: AuditContext | None = None
+        self._context_ref: Any = None
+        self._workers: list[Any] = []
+        self._options: dict[str, Any] = {}
+        self._num_threads = 1
+
+    @property
+    def num_workers(self) -> int:
+        """Number of actors asked for."""
+        return self._wanted
+
+    @property
+    def workers(self) -> list[Any]:
+        """Handles of the actors that exist now."""
+        return list(self._workers)
+
+    def run(
+        self,
+        context: AuditContext,
+        params: Mapping[str, Array],
+        chunks: Sequence[Sequence[AuditTask]],
+        *,
+        deadline: float,
+    ) -> Iterator[list[LeakageEstimate]]:
+        """Yields the rows of each chunk as workers finish. A dead worker's chunk is run by another."""
+        if not chunks:
+            return
+        self._open(context)
+        theta = ray.put(dict(params))  # once per round, however many chunks
+        waiting = deque((chunk, 1) for chunk in chunks)
+        idle = list(self._workers)
+        running: dict[Any, _Running] = {}
+        try:
+            while waiting or running:
+                while waiting and idle:
+                    (chunk, attempt), worker = waiting.popleft(), idle.pop()
+                    running[worker.audit.remote(theta, list(chunk))] = _Running(worker, chunk, attempt)
+                left = deadline - time.monotonic()
+                done, _ = ray.wait(list(running), num_returns=1, timeout=max(0.0, left))
+                if not done:
+                    return  # out of time; what is late is the auditor's to report
+                job = running.pop(done[0])
+                try:
+                    rows: list[LeakageEstimate] = ray.get(done[0])
+                except RayActorError as error:
+                    _log.warning("an audit worker died (%s); its clients are audited by another", _first_line(error))
+                    idle.append(self._replace(job.worker))
+                    if job.attempt < _MAX_ATTEMPTS:
+                        waiting.append((job.chunk, job.attempt + 1))
+                        continue
+                    rows = _failed(job.chunk, f"{_MAX_ATTEMPTS} workers died while auditing it: {_first_line(error)}")
+                except RayError as error:
+                    idle.append(job.worker)
+                    rows = _failed(job.chunk, _first_line(error))
+                else:
+                    idle.append(job.worker)
+                yield rows
+        finally:
+            # A worker that is still busy would hold up the next round.
+            for job in running.values():
+                self._replace(job.worker)
+
+    def close(self) -> None:
+        """Ends all actors, and the cluster if this executor started it."""
+        for worker in self._workers:
+            ray.kill(worker)
+        self._workers, self._context, self._context_ref = [], None, None
+        if self._owns_cluster and ray.is_initialized():
+            ray.shutdown()
+        self._owns_cluster = False
+
+    def _open(self, context: AuditContext) -> None:
+        if self._context is context and ray.is_initialized():
+            return
+        self.close()
+        if not ray.is_initialized():
+            # "local" rather than no address: the latter joins whatever cluster is left over on the machine.
+            address = self._address or os.environ.get("RAY_ADDRESS") or "local"
+            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+            self._owns_cluster = True
+        self._context, self._context_ref = context, ray.put(context)
+        count = self._fit()
+        self._num_threads = max(1, (os.cpu_count() or 1) // count)
+        self._workers = [self._create() for _ in range(count)]
+        devices = ray.get([worker.device.remote() for worker in self._workers])
+        if self._num_gpus > 0 and "cuda" not in devices:
+            _log.warning("audit workers run on CPU: num_gpus=%g was asked for, and none can be used", self._num_gpus)
+
+    def _fit(self) -> int:
+        """Looks at what is free and sets the actors' options so that they can be placed; returns how many fit."""
+        free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+        gpus, cpus = self._num_gpus, self._num_cpus
+        if gpus > 0 and free.get("GPU", 0.0) < gpus:
+            _log.warning(
+                "audit workers run on CPU: each asks for num_gpus=%g, and %g of the cluster's GPUs are free",
+                gpus,
+                free.get("GPU", 0.0),
+            )
+            gpus = 0.0
+        if cpus > 0 and free.get("CPU", 0.0) < cpus:
+            _log.warning(
+                "audit workers share the clients' CPUs: each asks for num_cpus=%g, and %g are free",
+                cpus,
+                free.get("CPU", 0.0),
+            )
+            cpus = 0.0
+        count = self._wanted
+        for name, share in (("GPU", gpus), ("CPU", cpus)):
+            if share > 0:
+                count = min(count, int(free[name] / share))
+        if count < self._wanted:
+            _log.warning("%d of %d audit workers fit into what is free in the cluster", count, self._wanted)
+        # The model's class may live where only this process looks: in the folder of a Flower app.
+        path = os.pathsep.join(entry for entry in sys.path if entry)
+        self._options = {
+            "num_gpus": gpus,
+            "num_cpus": cpus,
+            "runtime_env": {"env_vars": {"PYTHONPATH": path}},
+            "max_restarts": 0,
+        }
+        return count
+
+    def _create(self) -> Any:
+        return ray.remote(AuditWorker).options(**self._options).remote(self._context_ref, self._num_threads)
+
+    def _replace(self, worker: Any) -> Any:
+        ray.kill(worker)
+        new = self._create()
+        self._workers[self._workers.index(worker)] = new
+        return new
+
+
+def _failed(chunk: Sequence[AuditTask], reason: str) -> list[LeakageEstimate]:
+    return [task.row(Status.AUDIT_FAILED, detail=reason) for task in chunk]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,127 @@
+"""Local training run again: the update that a handed-over batch gives, and whether it is the one that was captured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fl_privacy.audit.settings import AuditSettings
+from fl_privacy.audit.task import Array, AuditTask
+from fl_privacy.influence.evaluation import BatchNormMode
+from fl_privacy.influence.jacobian import UpdateJacobian
+from fl_privacy.influence.layout import ParameterLayout
+from fl_privacy.influence.training import LocalTrainingUpdate
+from fl_privacy.influence.update import Loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditContext:
+    """What all audits of a run have in common.
+
+    `settings` must have its `prior_std` and `data_range` filled in when `audit_tasks` is called.
+    """
+
+    model: nn.Module
+    loss: Loss
+    settings: AuditSettings
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Replay:
+    """Local training run again from the handed-over batches, and what it was compared with."""
+
+    update: LocalTrainingUpdate
+    error: Tensor
+    """‖replayed − captured‖/‖captured‖ `[C]`; NaN where nothing was captured."""
+    reference: Tensor
+    """The undefended update that the shared one is compared with, `[C, P]`."""
+    verified: Tensor
+
+
+def replay_training(
+    context: AuditContext,
+    theta: Mapping[str, Tensor],
+    group: Sequence[AuditTask],
+    inputs: Tensor,
+    labels: Tensor,
+    shared: Tensor,
+) -> Replay:
+    """Runs local training again; with batch_norm="auto", in the mode that comes closer to what was captured."""
+    settings, task = context.settings, group[0]
+    captured = None
+    if task.captured is not None:
+        layout = ParameterLayout.of(context.model)
+        captured = torch.stack([flat_update(layout, t.captured or {}, inputs.device, inputs.dtype) for t in group])
+    normalised = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in context.model.modules())
+    modes: tuple[BatchNormMode, ...] = ("eval", "train") if normalised else ("eval",)
+    if settings.batch_norm != "auto":
+        modes = (settings.batch_norm,)
+    best: Replay | None = None
+    for mode in modes:
+        update = _update_map(context, task, mode, theta, inputs, labels, captured)
+        replayed = UpdateJacobian(update, theta, inputs, labels, memory_budget=settings.memory_budget).update()
+        target = shared if captured is None else captured
+        error = torch.linalg.vector_norm(replayed - target, dim=-1)
+        error = error / torch.linalg.vector_norm(target, dim=-1).clamp(min=torch.finfo(error.dtype).tiny)
+        verified = (error <= settings.replay_rtol) & (not task.trace.problem)
+        error = error if captured is not None else torch.full_like(error, torch.nan)
+        reference = replayed if captured is None else captured
+        candidate = Replay(update, error, reference, verified)
+        if best is None or candidate.verified.sum() > best.verified.sum():
+            best = candidate
+        if best.verified.all():
+            break
+    assert best is not None
+    return best
+
+
+def _update_map(
+    context: AuditContext,
+    task: AuditTask,
+    batch_norm: BatchNormMode,
+    theta: Mapping[str, Tensor],
+    inputs: Tensor,
+    labels: Tensor,
+    captured: Tensor | None,
+) -> LocalTrainingUpdate:
+    """Returns the client's local training; for one that cannot be replayed, a gradient step of the same length."""
+    trace = task.trace
+
+    def local_training(**options: Any) -> LocalTrainingUpdate:
+        return LocalTrainingUpdate(context.model, context.loss, batch_norm=batch_norm, **options)
+
+    if trace.problem or not trace.batches:
+        gradient = local_training(lr=1.0, steps=1)
+        if captured is None:
+            return gradient
+        stepped = UpdateJacobian(gradient, theta, inputs, labels).update()
+        length = torch.linalg.vector_norm(captured) / torch.linalg.vector_norm(stepped)
+        return local_training(lr=float(length), steps=1)
+    everything = tuple(range(len(task.inputs)))
+    return local_training(
+        lr=trace.lr,
+        steps=1 if trace.batches == (everything,) else trace.batches,
+        momentum=trace.momentum,
+        dampening=trace.dampening,
+        weight_decay=trace.weight_decay,
+        nesterov=trace.nesterov,
+    )
+
+
+def to_tensor(array: Array, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Returns an array on a device, floating-point values in the given type."""
+    tensor = torch.from_numpy(np.array(array))  # a copy: what Ray hands out is read-only
+    return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+
+
+def flat_update(
+    layout: ParameterLayout, arrays: Mapping[str, Array], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Returns an update by parameter name as one vector `[P]`."""
+    return layout.flatten({name: to_tensor(arrays[name], device, dtype) for name in layout.names if name in arrays})

@@ -1,0 +1,168 @@
+"""The record in which a client reports to the audit, and how it is read.
+
+A report is one `ConfigRecord` of a reply: plain values, and arrays as raw bytes beside their type and shape. Reading
+one executes nothing, allocates no more than the bytes that arrived, and checks everything it relies on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from flwr.app import ConfigRecord
+
+from fl_privacy.audit.task import Array, TrainingTrace
+from fl_privacy.errors import RecordError
+
+REPORT_KEY = "fl_privacy.report"
+"""Name of the report's record in a reply."""
+REQUEST_KEY = "fl-privacy-request"
+"""Entry of a training message's config by which the server asks for a report."""
+BATCHES = "batches"
+"""The request for the batches behind an update."""
+
+_VERSION = 1
+_DTYPES = ("float32", "float64", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ClientReport:
+    """What a client tells the audit.
+
+    Attributes:
+        client: Name to show: the partition id where there is one.
+        defence: What the client says it does to its update.
+        refused: Why nothing is handed over; empty if something is.
+        inputs: Examples `[N, *shape]`, each once.
+        labels: `[N, ...]`.
+        trace: How the update was made.
+        captured: The update before any defence, by parameter name.
+    """
+
+    client: str
+    defence: str = ""
+    refused: str = ""
+    inputs: Array | None = None
+    labels: Array | None = None
+    trace: TrainingTrace | None = None
+    captured: Mapping[str, Array] | None = None
+
+
+def encode_report(report: ClientReport) -> ConfigRecord:
+    """Returns the report as the record that travels in a reply."""
+    arrays: dict[str, Array] = {}
+    if report.inputs is not None and report.labels is not None:
+        arrays |= {"inputs": report.inputs, "labels": report.labels}
+    arrays |= {f"captured/{name}": array for name, array in (report.captured or {}).items()}
+    head = {
+        "version": _VERSION,
+        "client": report.client,
+        "defence": report.defence,
+        "refused": report.refused,
+        "trace": None if report.trace is None else asdict(report.trace),
+        "arrays": {name: [array.dtype.name, list(array.shape)] for name, array in arrays.items()},
+    }
+    payload = {f"array/{name}": np.ascontiguousarray(array).tobytes() for name, array in arrays.items()}
+    return ConfigRecord({"head": json.dumps(head), **payload})
+
+
+def decode_report(record: Any, *, max_bytes: int) -> ClientReport:
+    """Returns the report in a record that arrived from a client, every part of it checked.
+
+    Args:
+        record: What the reply holds under `REPORT_KEY`.
+        max_bytes: Most bytes of arrays to accept.
+
+    Raises:
+        RecordError: It is not a report that this version can read.
+    """
+    if not isinstance(record, ConfigRecord):
+        raise RecordError(f"expected a ConfigRecord, got {type(record).__name__}")
+    head = _head(record)
+    total = sum(len(value) for value in record.values() if isinstance(value, bytes))
+    if total > max_bytes:
+        raise RecordError(f"expected at most {max_bytes} bytes of arrays, got {total}")
+    listed = _expect(head.get("arrays"), dict, "arrays")
+    arrays = {name: _array(record, name, entry) for name, entry in listed.items()}
+    trace = head.get("trace")
+    captured = {name.removeprefix("captured/"): a for name, a in arrays.items() if name.startswith("captured/")}
+    return ClientReport(
+        client=_text(head, "client"),
+        defence=_text(head, "defence"),
+        refused=_text(head, "refused"),
+        inputs=arrays.get("inputs"),
+        labels=arrays.get("labels"),
+        trace=None if trace is None else _trace(_expect(trace, dict, "trace")),
+        captured=captured or None,
+    )
+
+
+def _head(record: ConfigRecord) -> dict[str, Any]:
+    try:
+        head = json.loads(_expect(record.get("head"), str, "head"))
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"expected a report's head in JSON: {error}") from error
+    head = _expect(head, dict, "head")
+    if head.get("version") != _VERSION:
+        raise RecordError(
+            f"expected a report of version {_VERSION}, got {head.get('version')!r}: client and server run different "
+            "releases of fl_privacy"
+        )
+    return head  # type: ignore[no-any-return]
+
+
+def _array(record: ConfigRecord, name: str, entry: Any) -> Array:
+    data = _expect(record.get(f"array/{name}"), bytes, f"array {name}")
+    if not isinstance(entry, list) or len(entry) != 2 or entry[0] not in _DTYPES or not isinstance(entry[1], list):
+        raise RecordError(f"expected the type and shape of array {name}, got {entry!r:.80}")
+    dtype, shape = np.dtype(entry[0]), entry[1]
+    if not all(type(size) is int and size >= 0 for size in shape) or len(shape) > 16:
+        raise RecordError(f"expected a shape of at most 16 sizes >= 0 for array {name}, got {shape!r:.80}")
+    expected = math.prod(shape) * dtype.itemsize
+    if expected != len(data):
+        raise RecordError(f"expected {expected} bytes for array {name}, {dtype} {shape!r:.80}, got {len(data)}")
+    return np.frombuffer(data, dtype=dtype).reshape(shape)
+
+
+def _trace(entry: dict[str, Any]) -> TrainingTrace:
+    def numbers(value: Any, kinds: type | tuple[type, ...], name: str) -> tuple[Any, ...]:
+        items = _expect(value, list, name)
+        if not all(isinstance(item, kinds) and not isinstance(item, bool) for item in items):
+            raise RecordError(f"expected numbers in {name}, got {items!r:.80}")
+        return tuple(items)
+
+    def finite(name: str) -> float:
+        value = _expect(entry.get(name), (int, float), name)
+        if not math.isfinite(value):
+            raise RecordError(f"expected a finite {name}, got {value}")
+        return float(value)
+
+    batches = tuple(numbers(batch, int, "batches") for batch in _expect(entry.get("batches"), list, "batches"))
+    lr = tuple(float(rate) for rate in numbers(entry.get("lr"), (int, float), "lr"))
+    if len(lr) != len(batches) or not all(math.isfinite(rate) for rate in lr):
+        raise RecordError(f"expected one finite learning rate for each of {len(batches)} steps, got {len(lr)}")
+    return TrainingTrace(
+        optimizer=_text(entry, "optimizer"),
+        batches=batches,
+        lr=lr,
+        momentum=finite("momentum"),
+        dampening=finite("dampening"),
+        weight_decay=finite("weight_decay"),
+        nesterov=_expect(entry.get("nesterov"), bool, "nesterov"),
+        problem=_text(entry, "problem"),
+    )
+
+
+def _text(head: Mapping[str, Any], name: str) -> str:
+    text: str = _expect(head.get(name), str, name)
+    return text[:500]
+
+
+def _expect(value: Any, kind: type | tuple[type, ...], name: str) -> Any:
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise RecordError(f"expected {name} as {kind}, got {type(value).__name__}")
+    return value

@@ -1,0 +1,272 @@
+"""A strategy wrapper that audits what every client shares, before the inner strategy aggregates it."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from logging import INFO, WARNING
+from pathlib import Path
+from typing import Literal, get_args
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+from flwr.supercore import log
+from torch import nn
+
+from fl_privacy.audit.auditor import Auditor
+from fl_privacy.audit.estimate import LeakageEstimate, Status
+from fl_privacy.audit.executor import Executor
+from fl_privacy.audit.ledger import Ledger
+from fl_privacy.audit.settings import AuditSettings
+from fl_privacy.errors import InvalidInputError, LedgerError
+from fl_privacy.flower.records import BATCHES, REQUEST_KEY
+from fl_privacy.influence.layout import ParameterLayout
+from fl_privacy.influence.update import Loss
+from fl_privacy.strategies.display import RoundDisplay
+from fl_privacy.strategies.replies import Reading, read_replies
+
+OnAuditFailure = Literal["continue", "exclude"]
+
+_FAILURES = frozenset(
+    {
+        Status.UNPROTECTED,
+        Status.REFUSED,
+        Status.INVALID_REPORT,
+        Status.LATE,
+        Status.AUDIT_FAILED,
+    }
+)
+"""Outcomes after which nothing is known of a client's leakage."""
+
+
+class InversionAudit(Strategy):
+    """Wraps a strategy and gives every client a leakage estimate in every round.
+
+    Works by composition: messages and aggregation are the inner strategy's. The wrapper asks clients for the batches
+    behind their updates, takes their reports out of the replies, audits, writes the ledger, and passes the replies on.
+    It stacks with Flower's differential-privacy wrappers in both orders: outside one, it audits what clients sent,
+    inside one, what the wrapper left of it.
+
+    Args:
+        strategy: The inner strategy.
+        model: The model that clients train. Only its structure is used, and it is not changed.
+        loss: (outputs, labels) -> scalar mean loss, the one that clients train with.
+        settings: What to measure.
+        executor: Who computes: in this process by default, or `RayExecutor(...)`.
+        ledger: Path or SQLAlchemy URL of the ledger, `None` for none.
+        on_audit_failure: What becomes of an update of whose leakage nothing is known: it is aggregated all the same
+            (`continue`) or left out (`exclude`). An update that cannot be averaged (NaN, other names or shapes) is
+            always left out, and always a row.
+        time_limit: Seconds for the audit of one round; what is late is a row that says so.
+        max_report_bytes: Most bytes of one client's report to accept.
+        show: Whether to print a table after each round and a summary at the end.
+        run_id: Name of this run in the ledger. Default: a random one.
+
+    Raises:
+        InvalidInputError: An option is out of range.
+        LedgerError: The ledger cannot be opened.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        *,
+        model: nn.Module,
+        loss: Loss,
+        settings: AuditSettings | None = None,
+        executor: Executor | None = None,
+        ledger: str | Path | None = "fl_privacy.db",
+        on_audit_failure: OnAuditFailure = "continue",
+        time_limit: float = 600.0,
+        max_report_bytes: int = 1024**3,
+        show: bool = True,
+        run_id: str | None = None,
+    ) -> None:
+        super().__init__()
+        if on_audit_failure not in get_args(OnAuditFailure):
+            raise InvalidInputError(
+                f"expected on_audit_failure to be one of {', '.join(get_args(OnAuditFailure))}, "
+                f"got {on_audit_failure!r}"
+            )
+        self.strategy = strategy
+        self.run_id = run_id or uuid.uuid4().hex[:12]
+        self.estimates: list[LeakageEstimate] = []
+        self._auditor = Auditor(model, loss, settings=settings, executor=executor, time_limit=time_limit)
+        self._layout = ParameterLayout.of(model)
+        self._ledger = None if ledger is None else Ledger(ledger)
+        self._ledger_name = "" if ledger is None else str(ledger)
+        self._unwritten: list[LeakageEstimate] = []
+        self._on_audit_failure = on_audit_failure
+        self._max_report_bytes = max_report_bytes
+        self._display = RoundDisplay(enabled=show)
+        self._arrays: ArrayRecord | None = None
+        self._sent: list[Message] = []
+        _join_loggers()
+
+    def summary(self) -> None:
+        """Logs the audit's configuration, then the inner strategy's."""
+        settings = self._auditor.settings
+        log(INFO, "\t├──> Inversion audit (run %s):", self.run_id)
+        log(INFO, "\t│\t├── Private unit: %s", settings.unit)
+        log(INFO, "\t│\t├── Target leakage: %g", settings.target_leakage)
+        log(INFO, "\t│\t├── On audit failure: %s", self._on_audit_failure)
+        log(INFO, "\t│\t└── Ledger: %s", self._ledger_name or "none")
+        self.strategy.summary()
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Runs the federation as `Strategy.start` does; prints the summary and releases the workers at its end."""
+        try:
+            result = super().start(
+                grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
+            )
+        finally:
+            self.close()
+        if self._unwritten:
+            raise LedgerError(
+                f"{len(self._unwritten)} rows of run {self.run_id} could not be written to {self._ledger_name}; "
+                "the log has the reason, and the rows are in this strategy's `estimates`"
+            )
+        return result
+
+    def close(self) -> None:
+        """Ends the audit's workers, writes what is left to write, and prints the summary.
+
+        `start` calls it. Call it yourself where another wrapper around this one is what is started.
+        """
+        self._auditor.close()
+        self._write([])
+        if self.estimates:
+            head = self._ledger.head() if self._ledger is not None and not self._unwritten else ""
+            self._display.summary(self.estimates, ledger=self._ledger_name, run_id=self.run_id, head=head)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Returns the inner strategy's messages, each with a request for a report."""
+        self._check_model(arrays)
+        self._arrays = arrays
+        self._sent = [_with_request(m) for m in self.strategy.configure_train(server_round, arrays, config, grid)]
+        return self._sent
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Audits the replies, then has the inner strategy aggregate those that may pass."""
+        if self._arrays is None:
+            raise InvalidInputError("expected configure_train before aggregate_train: the audit needs what was sent")
+        readings = read_replies(
+            server_round,
+            self._sent,
+            list(replies),
+            self._arrays,
+            self._layout.names,
+            max_report_bytes=self._max_report_bytes,
+        )
+        rows = [self._decide(reading) for reading in self._audit(readings)]
+        self.estimates.extend(rows)
+        self._write(rows)
+        self._display.round(server_round, rows)
+        passed = [
+            reading.reply
+            for reading, row in zip(readings, rows, strict=True)
+            if reading.reply is not None and row.action == "passed"
+        ]
+        aggregated, metrics = self.strategy.aggregate_train(server_round, passed)
+        return aggregated, _with_leakage(metrics, rows)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Returns the inner strategy's messages."""
+        return self.strategy.configure_evaluate(server_round, arrays, config, grid)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Returns the inner strategy's metrics."""
+        return self.strategy.aggregate_evaluate(server_round, replies)
+
+    def _audit(self, readings: Sequence[Reading]) -> Sequence[Reading]:
+        assert self._arrays is not None
+        tasks = [reading.task for reading in readings if reading.task is not None]
+        params = {name: array.numpy() for name, array in self._arrays.items()}
+        with self._display.progress(len(tasks)) as advance:
+            rows = iter(self._auditor.audit_round(params, tasks, progress=advance))
+        for reading in readings:
+            if reading.task is not None:
+                reading.row = next(rows)
+        return readings
+
+    def _decide(self, reading: Reading) -> LeakageEstimate:
+        failed = reading.row.status in _FAILURES and self._on_audit_failure == "exclude"
+        action = "passed" if reading.reply is not None and reading.aggregable and not failed else "excluded"
+        return replace(reading.row, action=action)
+
+    def _write(self, rows: Sequence[LeakageEstimate]) -> None:
+        """Appends rows to the ledger; what it does not take now is tried again with the next round's."""
+        if self._ledger is None:
+            return
+        self._unwritten.extend(rows)
+        if not self._unwritten:
+            return
+        try:
+            self._ledger.append(self._unwritten, run_id=self.run_id)
+        except LedgerError as error:
+            log(WARNING, "the ledger did not take %d rows, which are kept: %s", len(self._unwritten), error)
+        else:
+            self._unwritten = []
+
+    def _check_model(self, arrays: ArrayRecord) -> None:
+        for name, shape in zip(self._layout.names, self._layout.shapes, strict=True):
+            if name not in arrays:
+                raise InvalidInputError(
+                    f"expected the model's parameter {name} among the arrays sent to clients, got {list(arrays)[:5]}: "
+                    "the audit's model must be the one that clients train, sent as ArrayRecord(model.state_dict())"
+                )
+            if tuple(arrays[name].shape) != tuple(shape):
+                raise InvalidInputError(
+                    f"expected {name} of the model's shape {list(shape)}, got {list(arrays[name].shape)}"
+                )
+
+
+def _with_request(message: Message) -> Message:
+    """Adds the request to a message's config, in a record of its own: clients share what the inner strategy built."""
+    configs = message.content.config_records
+    if not configs:
+        return message
+    key, config = next(iter(configs.items()))
+    message.content = RecordDict({**message.content, key: ConfigRecord({**config, REQUEST_KEY: BATCHES})})
+    return message
+
+
+def _with_leakage(metrics: MetricRecord | None, rows: Sequence[LeakageEstimate]) -> MetricRecord | None:
+    """Adds the round's leakage to the aggregated metrics, so that it is logged and kept in the run's result."""
+    found = [row.leakage.value for row in rows if row.leakage is not None]
+    if metrics is None or not found:
+        return metrics
+    return MetricRecord(
+        {
+            **metrics,
+            "leakage-max": max(found),
+            "leakage-mean": sum(found) / len(found),
+            "clients-without-estimate": len(rows) - len(found),
+        }
+    )
+
+
+def _join_loggers() -> None:
+    """Lets the library's log lines through where Flower's go: other loggers show only warnings there."""
+    ours, flower = logging.getLogger("fl_privacy"), logging.getLogger("flwr")
+    if not ours.handlers and flower.handlers:
+        ours.parent = flower
+        ours.setLevel(flower.level)

@@ -1,0 +1,206 @@
+"""Reading a round's replies: which client each comes from, whether its update can be used, and what it reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from flwr.app import ArrayRecord, Message
+
+from fl_privacy.audit.estimate import LeakageEstimate, Source, Status
+from fl_privacy.audit.task import Array, AuditTask
+from fl_privacy.errors import FLPrivacyError, RecordError
+from fl_privacy.flower.records import REPORT_KEY, ClientReport, decode_report
+
+
+@dataclass(eq=False)
+class Reading:
+    """One client's part of a round, as far as it could be read.
+
+    Attributes:
+        node_id: Flower's node id.
+        reply: What it sent; `None` if nothing came.
+        row: Its row in the ledger, without an estimate until the audit has one.
+        task: What is to be audited; `None` where there is nothing.
+        aggregable: Whether the inner strategy can average the update.
+    """
+
+    node_id: int
+    reply: Message | None
+    row: LeakageEstimate
+    task: AuditTask | None = None
+    aggregable: bool = True
+
+
+def read_replies(
+    server_round: int,
+    sent: Sequence[Message],
+    replies: Sequence[Message],
+    arrays: ArrayRecord,
+    trained: Sequence[str],
+    *,
+    max_report_bytes: int,
+) -> list[Reading]:
+    """Returns a reading of every client that was asked, and takes the audit's records out of the replies.
+
+    Args:
+        server_round: Round number.
+        sent: The round's training messages.
+        replies: What came back.
+        arrays: The global arrays that were sent.
+        trained: Names of the trained parameters.
+        max_report_bytes: Most bytes of a client's report to accept.
+    """
+    expected = {name: array.numpy() for name, array in arrays.items()}
+    node_of = {message.metadata.message_id: message.metadata.dst_node_id for message in sent}
+    silent = dict.fromkeys(message.metadata.dst_node_id for message in sent)
+    readings = []
+    for reply in replies:
+        node_id = node_of.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
+        readings.append(_read(server_round, node_id, reply, expected, trained, max_report_bytes))
+        if node_id in silent:
+            del silent[node_id]
+        elif node_id in node_of.values():
+            _reject(readings[-1], Status.INVALID_UPDATE, "a second reply from the same client")
+    for node_id in silent:
+        row = _row(server_round, node_id, Status.NO_REPLY, detail="asked, and never answered")
+        readings.append(Reading(node_id, None, row))
+    return readings
+
+
+def _read(
+    server_round: int,
+    node_id: int,
+    reply: Message,
+    expected: Mapping[str, Array],
+    trained: Sequence[str],
+    max_report_bytes: int,
+) -> Reading:
+    if reply.has_error():
+        lines = reply.error.reason.strip().splitlines() if reply.error.reason else []
+        detail = f"error {reply.error.code}: {lines[-1] if lines else 'no reason given'}"
+        return Reading(node_id, reply, _row(server_round, node_id, Status.CLIENT_ERROR, detail=detail))
+    record = reply.content.pop(REPORT_KEY, None)
+    row = _row(server_round, node_id, Status.UNPROTECTED, num_examples=_num_examples(reply))
+    reading = Reading(node_id, reply, row)
+    problem = ""
+    report: ClientReport | None = None
+    if record is None:
+        reading.row = _changed(row, detail="no report: the client runs without the audit's mod")
+    else:
+        try:
+            report = decode_report(record, max_bytes=max_report_bytes)
+        except RecordError as error:
+            problem = str(error)
+            reading.row = _changed(row, status=Status.INVALID_REPORT, detail=problem)
+    if report is not None:
+        reading.row = _changed(reading.row, client=report.client or row.client, defence=report.defence)
+    try:
+        shared = _update(reply, expected, trained)
+    except _UnusableUpdateError as error:
+        _reject(reading, Status.INVALID_UPDATE, str(error))
+        return reading
+    if report is None:
+        return reading
+    if report.refused or report.inputs is None or report.labels is None or report.trace is None:
+        detail = report.refused or "the report holds no batch"
+        reading.row = _changed(reading.row, status=Status.REFUSED, detail=detail)
+        return reading
+    try:
+        _check_captured(report, expected, trained)
+        reading.task = AuditTask(
+            server_round=server_round,
+            client=reading.row.client,
+            node_id=node_id,
+            shared=shared,
+            inputs=report.inputs,
+            labels=report.labels,
+            trace=report.trace,
+            captured=report.captured,
+            defence=report.defence,
+            num_examples=reading.row.num_examples,
+            source=Source.TRUSTED,
+        )
+    except FLPrivacyError as error:
+        reading.row = _changed(reading.row, status=Status.INVALID_REPORT, detail=str(error))
+    return reading
+
+
+class _UnusableUpdateError(Exception):
+    """An update that the inner strategy cannot average; the message says what is wrong with it."""
+
+
+def _update(reply: Message, expected: Mapping[str, Array], trained: Sequence[str]) -> dict[str, Array]:
+    """Returns shared minus global parameters by name, from a reply whose arrays fit those that were sent."""
+    records = list(reply.content.array_records.values())
+    if len(records) != 1:
+        raise _UnusableUpdateError(f"expected one ArrayRecord in the reply, got {len(records)}")
+    record = records[0]
+    if set(record) != set(expected):
+        odd = sorted(set(record) ^ set(expected))[:3]
+        raise _UnusableUpdateError(f"expected the arrays that were sent, got others or not all: {', '.join(odd)}")
+    update: dict[str, Array] = {}
+    for name, known in expected.items():
+        try:
+            array = record[name].numpy()
+        except Exception as error:  # whatever a client's bytes can provoke
+            raise _UnusableUpdateError(f"array {name} cannot be read: {error}") from error
+        if array.shape != known.shape:
+            raise _UnusableUpdateError(f"expected {name} of shape {list(known.shape)}, got {list(array.shape)}")
+        if not (np.issubdtype(array.dtype, np.number) or array.dtype == np.bool_):
+            raise _UnusableUpdateError(f"expected numbers in {name}, got {array.dtype}")
+        if not np.isfinite(array).all():
+            raise _UnusableUpdateError(f"NaN or infinity in {name}")
+        if name in trained:
+            if not np.issubdtype(array.dtype, np.floating):
+                raise _UnusableUpdateError(f"expected floating-point values in {name}, got {array.dtype}")
+            update[name] = np.subtract(array, known, dtype=known.dtype)
+    return update
+
+
+def _check_captured(report: ClientReport, expected: Mapping[str, Array], trained: Sequence[str]) -> None:
+    if report.captured is None:
+        return
+    missing = [name for name in trained if name not in report.captured]
+    if missing:
+        raise RecordError(f"expected a captured update of every trained parameter, {missing[0]} is missing")
+    for name in trained:
+        array = report.captured[name]
+        if array.shape != expected[name].shape or not np.issubdtype(array.dtype, np.floating):
+            raise RecordError(
+                f"expected a captured update of floats {list(expected[name].shape)} for {name}, "
+                f"got {array.dtype} {list(array.shape)}"
+            )
+        if not np.isfinite(array).all():
+            raise RecordError(f"NaN or infinity in the captured update of {name}")
+
+
+def _num_examples(reply: Message) -> int | None:
+    for record in reply.content.metric_records.values():
+        value = record.get("num-examples")
+        if isinstance(value, int | float) and np.isfinite(value):
+            return int(value)
+    return None
+
+
+def _reject(reading: Reading, status: Status, detail: str) -> None:
+    reading.row = _changed(reading.row, status=status, detail=detail)
+    reading.task, reading.aggregable = None, False
+
+
+def _row(
+    server_round: int, node_id: int, status: Status, *, detail: str = "", num_examples: int | None = None
+) -> LeakageEstimate:
+    return LeakageEstimate(
+        server_round=server_round,
+        client=str(node_id),
+        node_id=node_id,
+        status=status,
+        detail=detail,
+        num_examples=num_examples,
+    )
+
+
+def _changed(row: LeakageEstimate, **changes: object) -> LeakageEstimate:
+    return replace(row, **changes)  # type: ignore[arg-type]

@@ -1,0 +1,71 @@
+"""The package's public names, and that one of them is the name of a subpackage, too."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import fl_privacy
+import fl_privacy.influence
+
+
+@pytest.mark.parametrize("package", [fl_privacy, fl_privacy.influence], ids=["root", "engine"])
+def test_every_public_name_resolves(package: object) -> None:
+    names: list[str] = package.__all__  # type: ignore[attr-defined]
+    assert names == sorted(names)
+    assert len(set(names)) == len(names)
+    for name in names:
+        value = getattr(package, name)
+        assert name == "__version__" or value.__name__.rpartition(".")[2] == name
+    assert set(names) <= set(dir(package))
+
+
+def test_the_root_exports_exactly_what_it_says() -> None:
+    assert set(fl_privacy._HOMES) | {"__version__"} == set(fl_privacy.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'leakage'"):
+        fl_privacy.leakage  # noqa: B018
+
+
+ORDERS = """
+import fl_privacy
+---
+import fl_privacy.influence
+---
+from fl_privacy.influence.i2f import influence as solver
+---
+from fl_privacy import estimate_spectrum
+---
+from fl_privacy import influence; import fl_privacy.influence
+"""
+
+PROGRAM = """
+import sys
+import torch
+from torch import nn
+
+for order in sys.argv[1].split("---"):
+    for module in [name for name in sys.modules if name.startswith("fl_privacy")]:
+        del sys.modules[module]  # as in a new process, without waiting for torch again
+    exec(order)
+    import fl_privacy
+    from fl_privacy import GradientUpdate, UpdateJacobian, influence
+
+    model = nn.Linear(3, 2)
+    update = GradientUpdate(model, nn.MSELoss())
+    jacobian = UpdateJacobian(update, dict(model.named_parameters()), torch.randn(1, 1, 3), torch.randn(1, 1, 2))
+    for call in (influence, fl_privacy.influence):
+        assert call(jacobian, torch.randn(1, jacobian.update_dim), ridge=1.0).converged.all(), order
+    from fl_privacy.influence import lanczos
+
+    assert lanczos.Lanczos is fl_privacy.influence.lanczos.Lanczos, order
+    print("called")
+"""
+
+
+def test_influence_can_be_called_whatever_is_imported_first() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, ORDERS], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout.split() == ["called"] * 5, done.stderr
