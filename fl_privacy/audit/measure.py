@@ -6,7 +6,7 @@ import math
 import time
 import zlib
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -67,19 +67,14 @@ def _audit_group(
     settings = context.settings
     started = time.perf_counter()
     dtype = torch.float64 if settings.precision == "float64" else torch.float32
-    measured = _measure(context, params, group, torch.device(device), dtype)
-    if settings.precision == "auto" and not measured.precise:
-        measured = _measure(context, params, group, torch.device(device), torch.float64)
+    rows, blurred = _measure(context, params, group, torch.device(device), dtype)
+    again = [i for i, blur in enumerate(blurred) if blur and settings.precision == "auto"]
+    if again:
+        sharper, _ = _measure(context, params, [group[i] for i in again], torch.device(device), torch.float64)
+        for i, row in zip(again, sharper, strict=True):
+            rows[i] = row
     seconds = (time.perf_counter() - started) / len(group)
-    return [
-        replace(row, seconds=seconds, settings=settings.to_dict(), versions=context.versions) for row in measured.rows
-    ]
-
-
-@dataclass(frozen=True)
-class _Measured:
-    rows: list[LeakageEstimate]
-    precise: bool
+    return [replace(row, seconds=seconds, settings=settings.to_dict(), versions=context.versions) for row in rows]
 
 
 def _measure(
@@ -88,7 +83,8 @@ def _measure(
     group: Sequence[AuditTask],
     device: torch.device,
     dtype: torch.dtype,
-) -> _Measured:
+) -> tuple[list[LeakageEstimate], list[bool]]:
+    """Returns a row per task, and for each whether precision, not budget, limits what is known."""
     settings = context.settings
     assert settings.prior_std is not None
     assert settings.data_range is not None
@@ -179,7 +175,7 @@ def _measure(
                 batch_norm=replay.update.batch_norm,
             )
         )
-    return _Measured(rows, precise=not bool(blurred.any()))
+    return rows, [bool(blurred[client_of == index].any()) for index in range(len(group))]
 
 
 def _judge(

@@ -95,8 +95,8 @@ def influence_lower_bound(
 ) -> Tensor:
     """Returns ‖Jᵀδ‖ / λ_max(G) `[U]` (paper, Eq. 5), which no ridge-free I²F falls below.
 
-    λ_max is replaced by a bound from above that is within `rtol` of it once Lanczos has converged, so that what is
-    returned stays a lower bound.
+    λ_max is replaced by its Lanczos estimate raised by the estimate's error, and by no less than `rtol` of it, so that
+    what is returned stays a lower bound: within 2·`rtol` of the exact one once Lanczos has converged.
 
     Args:
         jacobian: U units.
@@ -123,25 +123,26 @@ def influence_lower_bound(
 
     lanczos.run(converged, check_every=1)
     value, error = _largest_ritz(lanczos)
-    bound = norm.squeeze(-1).double() / (value + error)
+    bound = norm.squeeze(-1).double() / (value + torch.maximum(error, rtol * value))
     return torch.where(lanczos.failed, torch.nan, bound.nan_to_num(nan=0.0)).to(jacobian.dtype)
 
 
 def _largest_ritz(lanczos: Lanczos) -> tuple[Tensor, Tensor]:
     """The largest eigenvalue of T `[U]`, and by how much λ_max of G may exceed it.
 
-    With residual r = β_K·|s_K| and gap g to the next eigenvalue of T the error is at most r, and r²/g once the gap has
-    settled.
+    With residual r = β_K·|s_K| the error is at most r, and at most r²/g with g the gap to the next eigenvalue of G,
+    which may exceed that of T by as much as its own residual.
     """
     t, coupling = lanczos.tridiagonal()
     taken = torch.arange(t.shape[-1], device=t.device) < lanczos.size[:, None]
     padding = torch.diag_embed(torch.where(taken, 0.0, torch.diagonal(t, dim1=-2, dim2=-1)))
     values, vectors = torch.linalg.eigh(torch.where(lanczos.failed[:, None, None], 0.0, t - padding))
     last = (lanczos.size - 1).clamp(min=0)
-    residual = coupling * vectors[..., -1].gather(-1, last[:, None]).squeeze(-1).abs()
+    residuals = coupling[:, None] * vectors.gather(1, last[:, None, None].expand(-1, 1, t.shape[-1])).squeeze(1).abs()
+    residual = residuals[:, -1]
     if values.shape[-1] == 1:
         return values[:, -1], residual
-    gap = (values[:, -1] - values[:, -2]).clamp(min=torch.finfo(torch.float64).tiny)
+    gap = (values[:, -1] - values[:, -2] - residuals[:, -2]).clamp(min=torch.finfo(torch.float64).tiny)
     return values[:, -1], torch.minimum(residual, residual**2 / gap)
 
 

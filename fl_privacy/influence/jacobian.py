@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.influence.update import Linearization, UpdateMap
 
-DEFAULT_MEMORY_BUDGET = 2 * 1024**3
+DEFAULT_MEMORY_BUDGET = 512 * 1024**2
 """Bytes of graph that one vectorised pass may keep."""
 
 

@@ -33,7 +33,7 @@ class Spectrum:
 
     Every interval holds three sources of doubt: the gap between the Gauss and the Gauss–Radau rule, the limited
     precision in which G is known (`resolution`), and, where traces were estimated from probes, 99 % of their sampling
-    error.
+    error. None exceeds P/D, the share that P numbers can determine.
 
     Attributes:
         gauss: The rule that bounds leakage from above.
@@ -135,9 +135,12 @@ class Spectrum:
         doubt = self.resolution[None, :, None]
         low_values = f(self.gauss.nodes + doubt, eps)
         high_values = f((self.radau.nodes - doubt).clamp(min=0.0), eps)
-        low, high = self.gauss.mean(low_values), self.radau.mean(high_values)
+        low = self.gauss.mean(low_values)
+        high = torch.maximum(low, self.radau.mean(high_values))  # equal up to rounding, once Lanczos has converged
         spread = 0.0 if self.exact else CONFIDENCE * self._standard_error(low_values, high_values)
-        return Interval((low - spread).clamp(0, 1), ((low + high) / 2).clamp(0, 1), (high + spread).clamp(0, 1))
+        # At least D − P eigenvalues are 0, where f is 1.
+        floor = max(0.0, 1.0 - self.update_dim / self.input_dim)
+        return Interval(*(part.clamp(floor, 1.0) for part in (low - spread, (low + high) / 2, high + spread)))
 
     def _standard_error(self, low_values: Tensor, high_values: Tensor) -> Tensor:
         """Standard error of the mean of qᵀf(G)q over S orthonormal random probes q, `[U]`.
@@ -146,7 +149,7 @@ class Spectrum:
         eigenvalues; orthonormal probes bring a further factor (D − S)/(D − 1)/S. Var_λ is read off the rules.
         """
         variances = [
-            (rule.mean(values**2) - rule.mean(values) ** 2).clamp(min=0)
+            rule.mean((values - rule.mean(values)[:, None]) ** 2)
             for rule, values in ((self.gauss, low_values), (self.radau, high_values))
         ]
         d, s = self.input_dim, self.gauss.nodes.shape[0]
@@ -218,17 +221,28 @@ def estimate_spectrum(
 
 def _exact_spectrum(jacobian: UpdateJacobian) -> Spectrum:
     dim, units = jacobian.input_dim, jacobian.num_units
-    identity = torch.eye(dim, dtype=jacobian.dtype, device=jacobian.device)
-    lanes = torch.arange(units * dim, device=jacobian.device)
-    rows = [
-        jacobian.select(chunk // dim).gram(identity[chunk % dim])
-        for chunk in torch.split(lanes, jacobian.lanes_per_pass)
-    ]
-    gram = torch.cat(rows).reshape(units, dim, dim)
-    rule = eigenvalue_rule((gram + gram.mT) / 2)
+    rule = eigenvalue_rule(torch.stack([_dense_gram(jacobian, unit) for unit in range(units)]))
     spent = torch.full((units,), dim, device=jacobian.device)
-    resolution = _resolution(rule, jacobian.dtype)
+    resolution = _resolution(rule, jacobian.dtype, dim)
     return Spectrum(rule, rule, dim, jacobian.update_dim, resolution, spent, exact=True)
+
+
+def _dense_gram(jacobian: UpdateJacobian, unit: int) -> Tensor:
+    """G of one unit, `[D, D]` in float64.
+
+    From the columns J·e_i where all of them fit into half the memory budget: that takes half the derivatives. This is
+    the one place that holds a Jacobian, for inputs so small that it is no larger than a graph.
+    """
+    dim = jacobian.input_dim
+    identity = torch.eye(dim, dtype=jacobian.dtype, device=jacobian.device)
+    fits = 2 * dim * jacobian.update_dim * jacobian.dtype.itemsize <= jacobian.memory_budget
+    rows = []
+    for lanes in torch.split(torch.arange(dim, device=jacobian.device), jacobian.lanes_per_pass):
+        repeated = jacobian.select(torch.full_like(lanes, unit))
+        rows.append(repeated.jvp(identity[lanes]) if fits else repeated.gram(identity[lanes]))
+    found = torch.cat(rows).double()
+    gram = found @ found.T if fits else found
+    return (gram + gram.T) / 2
 
 
 def _sampled_spectrum(
@@ -247,13 +261,14 @@ def _sampled_spectrum(
     lanczos.run(precise_enough)
     gauss, radau = gauss_rule(lanczos, num_probes), gauss_radau_rule(lanczos, num_probes)
     spent = lanczos.size.reshape(num_probes, -1).sum(0)
-    resolution = _resolution(gauss, jacobian.dtype)
+    resolution = _resolution(gauss, jacobian.dtype, jacobian.input_dim)
     return Spectrum(gauss, radau, jacobian.input_dim, jacobian.update_dim, resolution, spent, exact=False)
 
 
-def _resolution(rule: QuadratureRule, dtype: torch.dtype) -> Tensor:
-    # A product with G is right to a unit of rounding of its largest eigenvalue (measured 1e-7 in float32).
-    error: Tensor = rule.largest * torch.finfo(dtype).eps
+def _resolution(rule: QuadratureRule, dtype: torch.dtype, dim: int) -> Tensor:
+    # A product with G is right to a unit of rounding of its largest eigenvalue (measured 1e-7 in float32); the
+    # eigenvalues of a matrix or a recurrence, found in float64, are to about √D units.
+    error: Tensor = rule.largest * (torch.finfo(dtype).eps + math.sqrt(dim) * torch.finfo(torch.float64).eps)
     return error
 
 

@@ -173,12 +173,13 @@ class _TrainingLinearization(Linearization):
         buffer_dot: Tensor | None = None
         for step in range(len(training.batches)):
             x_dot = training.minibatch(step, inputs_dot)
+            if theta_dot is None and not x_dot.any():
+                continue  # nothing private has been seen yet
             g_dot = self._curvature(step).parameter_product(theta_dot, x_dot)
             if theta_dot is None or buffer_dot is None:
                 theta_dot = buffer_dot = torch.zeros_like(g_dot)
             theta_dot, buffer_dot = training.advance(step, theta_dot, buffer_dot, g_dot)
-        assert theta_dot is not None
-        return theta_dot
+        return torch.zeros_like(self._thetas[0]) if theta_dot is None else theta_dot
 
     def vjp(self, update_bar: Tensor) -> Tensor:
         training = self._training
