@@ -148,10 +148,12 @@ def _update(reply: Message, expected: Mapping[str, Array], trained: Sequence[str
             raise _UnusableUpdateError(f"array {name} cannot be read: {error}") from error
         if array.shape != known.shape:
             raise _UnusableUpdateError(f"expected {name} of shape {list(known.shape)}, got {list(array.shape)}")
-        if not (np.issubdtype(array.dtype, np.number) or array.dtype == np.bool_):
-            raise _UnusableUpdateError(f"expected numbers in {name}, got {array.dtype}")
-        if not np.isfinite(array).all():
-            raise _UnusableUpdateError(f"NaN or infinity in {name}")
+        if array.dtype.kind not in "biuf":
+            raise _UnusableUpdateError(f"expected real numbers in {name}, got {array.dtype}")
+        with np.errstate(over="ignore"):
+            finite = bool(np.isfinite(array).all()) and bool(np.isfinite(array.astype(known.dtype)).all())
+        if not finite:
+            raise _UnusableUpdateError(f"NaN or infinity in {name}, read as {known.dtype}")
         if name in trained:
             if not np.issubdtype(array.dtype, np.floating):
                 raise _UnusableUpdateError(f"expected floating-point values in {name}, got {array.dtype}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import platform
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -99,10 +100,12 @@ class Auditor:
         if settings.prior_std is None or settings.data_range is None:
             values = np.concatenate([np.asarray(task.inputs, dtype=np.float64).ravel() for task in tasks])
             values = values[np.isfinite(values)]
-            spread = float(values.std()) if values.size else 0.0
-            width = float(np.ptp(values)) if values.size else 0.0
+            with np.errstate(over="ignore"):
+                spread, width = (float(values.std()), float(np.ptp(values))) if values.size else (0.0, 0.0)
             settings = replace(
-                settings, prior_std=settings.prior_std or spread or 1.0, data_range=settings.data_range or width or 1.0
+                settings,
+                prior_std=settings.prior_std or _scale(spread),
+                data_range=settings.data_range or _scale(width),
             )
             self._context = replace(self._context, settings=settings)
         return self._context
@@ -117,6 +120,11 @@ class Auditor:
             count = -(-len(group) // most)
             for start in range(count):
                 yield group[start::count]
+
+
+def _scale(measured: float) -> float:
+    """Returns a measured scale, or 1 where it is none: inputs that are constant, or that a client made up."""
+    return measured if 0 < measured < math.inf else 1.0
 
 
 def _versions() -> dict[str, str]:

@@ -19,10 +19,12 @@ from fl_privacy.audit.executor import Executor
 from fl_privacy.audit.measure import audit_tasks
 from fl_privacy.audit.replay import AuditContext
 from fl_privacy.audit.task import Array, AuditTask
-from fl_privacy.errors import InvalidInputError
+from fl_privacy.errors import FLPrivacyError, InvalidInputError
 
 _log = logging.getLogger(__name__)
 
+_START_SECONDS = 120.0
+"""How long workers may take to start: a torch import on a busy machine, not a wait for resources."""
 _MAX_ATTEMPTS = 3
 """How often a chunk is tried: a worker that dies twice on the same chunk will die a third time."""
 
@@ -166,13 +168,37 @@ class RayExecutor(Executor):
             address = self._address or os.environ.get("RAY_ADDRESS") or "local"
             ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
             self._owns_cluster = True
-        self._context, self._context_ref = context, ray.put(context)
+        self._context_ref = ray.put(context)
         count = self._fit()
         self._num_threads = max(1, (os.cpu_count() or 1) // count)
         self._workers = [self._create() for _ in range(count)]
-        devices = ray.get([worker.device.remote() for worker in self._workers])
-        if self._num_gpus > 0 and "cuda" not in devices:
-            _log.warning("audit workers run on CPU: num_gpus=%g was asked for, and none can be used", self._num_gpus)
+        try:
+            self._keep_started()
+        except BaseException:
+            self.close()
+            raise
+        self._context = context
+
+    def _keep_started(self) -> None:
+        """Waits for the workers, and goes on with those that started.
+
+        Raises:
+            FLPrivacyError: None did.
+        """
+        devices = {worker.device.remote(): worker for worker in self._workers}
+        started, waiting = ray.wait(list(devices), num_returns=len(devices), timeout=_START_SECONDS)
+        for late in waiting:
+            self._workers.remove(devices[late])
+            ray.kill(devices[late])
+        if not started:
+            raise FLPrivacyError(
+                f"expected audit workers to start within {_START_SECONDS:g} s, none of {len(devices)} did: free "
+                "resources of the Ray cluster, or ask for less with num_gpus and num_cpus"
+            )
+        if waiting:
+            _log.warning("%d of %d audit workers started", len(started), len(devices))
+        if self._options["num_gpus"] > 0 and "cuda" not in ray.get(started):
+            _log.warning("audit workers run on CPU: torch finds no GPU where Ray gave them num_gpus=%g", self._num_gpus)
 
     def _fit(self) -> int:
         """Looks at what is free and sets the actors' options so that they can be placed; returns how many fit."""

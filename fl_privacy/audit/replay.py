@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,7 @@ def replay_training(
 ) -> Replay:
     """Runs local training again; with batch_norm="auto", in the mode that comes closer to what was captured."""
     settings, task = context.settings, group[0]
+    context = replace(context, model=_with_buffers(context.model, theta))
     captured = None
     if task.captured is not None:
         layout = ParameterLayout.of(context.model)
@@ -79,6 +81,16 @@ def replay_training(
             break
     assert best is not None
     return best
+
+
+def _with_buffers(model: nn.Module, arrays: Mapping[str, Tensor]) -> nn.Module:
+    """Returns the model with the round's buffers: what clients normalise with is what they were sent."""
+    sent = {name: arrays[name] for name, _ in model.named_buffers() if name in arrays}
+    if not sent:
+        return model
+    copied = copy.deepcopy(model)
+    copied.load_state_dict(sent, strict=False)
+    return copied
 
 
 def _update_map(

@@ -51,8 +51,9 @@ class RecordedBatches(Generic[T]):
 
     def __iter__(self) -> Iterator[T]:
         for batch in self._batches:
-            if _ACTIVE.get() is not None:
-                record_batch(*_inputs_and_labels(batch))
+            capture = _ACTIVE.get()
+            if capture is not None:
+                capture.add_drawn(batch)
             yield batch
 
     def __len__(self) -> int:
@@ -103,7 +104,8 @@ class TrainingCapture:
 
         def watch(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
             if threading.get_ident() == thread:
-                self._add_step(optimizer)
+                with self._harmless():
+                    self._add_step(optimizer)
 
         token = _ACTIVE.set(self)
         handle = register_optimizer_step_pre_hook(watch)
@@ -115,23 +117,13 @@ class TrainingCapture:
 
     def add_batch(self, inputs: Tensor, labels: Tensor) -> None:
         """Records a batch; examples that were seen before are kept once."""
-        x, y = _to_numpy(inputs), _to_numpy(labels)
-        if len(x) != len(y):
-            self._fail(f"a batch holds {len(x)} inputs and {len(y)} labels")
-        if self._problem:
-            return
-        indices = []
-        for row, label in zip(x, y, strict=True):
-            key = row.tobytes() + label.tobytes()
-            if key not in self._examples:
-                self._bytes += len(key)
-                self._examples[key] = len(self._inputs)
-                self._inputs.append(row)
-                self._labels.append(label)
-            indices.append(self._examples[key])
-        self._batches.append(tuple(indices))
-        if self._bytes > self._max_bytes:
-            self._fail(f"the examples exceed {self._max_bytes} bytes, the most that is handed over")
+        with self._harmless():
+            self._add_batch(inputs, labels)
+
+    def add_drawn(self, batch: object) -> None:
+        """Records a batch as a loader gives it: a pair or a mapping of two tensors."""
+        with self._harmless():
+            self._add_batch(*_inputs_and_labels(batch))
 
     @property
     def has_examples(self) -> bool:
@@ -150,10 +142,10 @@ class TrainingCapture:
             optimizer=", ".join(sorted(self._optimizers)),
             batches=() if problem else tuple(self._batches),
             lr=() if problem else tuple(float(group["lr"]) for group in self._groups),
-            momentum=float(first.get("momentum", 0.0)),
-            dampening=float(first.get("dampening", 0.0)),
-            weight_decay=float(first.get("weight_decay", 0.0)),
-            nesterov=bool(first.get("nesterov", False)),
+            momentum=float(first.get("momentum") or 0.0),
+            dampening=float(first.get("dampening") or 0.0),
+            weight_decay=float(first.get("weight_decay") or 0.0),
+            nesterov=bool(first.get("nesterov")),
             problem=problem,
         )
 
@@ -164,6 +156,34 @@ class TrainingCapture:
         return {
             name: np.subtract(_to_numpy(parameter), self._initial[name]) for name, parameter in self._parameters.items()
         }
+
+    @contextlib.contextmanager
+    def _harmless(self) -> Iterator[None]:
+        """Makes an error in recording the trace's problem: it must not cost the client its training."""
+        try:
+            yield
+        except Exception as error:
+            self._fail(f"training could not be recorded: {error}")
+
+    def _add_batch(self, inputs: Tensor, labels: Tensor) -> None:
+        x, y = _to_numpy(inputs), _to_numpy(labels)
+        if len(x) != len(y):
+            self._fail(f"a batch holds {len(x)} inputs and {len(y)} labels")
+        if self._inputs and (x.shape[1:], y.shape[1:]) != (self._inputs[0].shape, self._labels[0].shape):
+            self._fail(f"examples differ in shape: {list(self._inputs[0].shape)} and {list(x.shape[1:])}")
+        if self._problem:
+            return
+        keys = [row.tobytes() + label.tobytes() for row, label in zip(x, y, strict=True)]
+        new = {key: (row, label) for key, row, label in zip(keys, x, y, strict=True) if key not in self._examples}
+        self._bytes += sum(map(len, new))
+        if self._bytes > self._max_bytes:
+            self._fail(f"the examples exceed {self._max_bytes} bytes, the most that is handed over")
+            return
+        for key, (row, label) in new.items():
+            self._examples[key] = len(self._inputs)
+            self._inputs.append(row)
+            self._labels.append(label)
+        self._batches.append(tuple(self._examples[key] for key in keys))
 
     def _add_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizers.add(type(optimizer).__name__)

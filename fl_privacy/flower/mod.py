@@ -105,9 +105,9 @@ def _with_report(reply: Message, report: Callable[[], ClientReport]) -> Message:
         return reply
     try:
         record = encode_report(report())
-    except Exception:
+    except Exception as error:
         log(WARNING, "fl_privacy: the report to the audit could not be made:\n%s", traceback.format_exc())
-        return reply
+        record = encode_report(ClientReport(client="", refused=f"the client could not make its report: {error}"))
     reply.content = RecordDict({**reply.content, REPORT_KEY: record})
     return reply
 

@@ -75,17 +75,17 @@ def decode_report(record: Any, *, max_bytes: int) -> ClientReport:
 
     Args:
         record: What the reply holds under `REPORT_KEY`.
-        max_bytes: Most bytes of arrays to accept.
+        max_bytes: Most bytes to accept.
 
     Raises:
         RecordError: It is not a report that this version can read.
     """
     if not isinstance(record, ConfigRecord):
         raise RecordError(f"expected a ConfigRecord, got {type(record).__name__}")
-    head = _head(record)
-    total = sum(len(value) for value in record.values() if isinstance(value, bytes))
+    total = sum(len(value) for value in record.values() if isinstance(value, bytes | str))
     if total > max_bytes:
-        raise RecordError(f"expected at most {max_bytes} bytes of arrays, got {total}")
+        raise RecordError(f"expected a report of at most {max_bytes} bytes, got {total}")
+    head = _head(record)
     listed = _expect(head.get("arrays"), dict, "arrays")
     arrays = {name: _array(record, name, entry) for name, entry in listed.items()}
     trace = head.get("trace")
@@ -120,38 +120,45 @@ def _array(record: ConfigRecord, name: str, entry: Any) -> Array:
     if not isinstance(entry, list) or len(entry) != 2 or entry[0] not in _DTYPES or not isinstance(entry[1], list):
         raise RecordError(f"expected the type and shape of array {name}, got {entry!r:.80}")
     dtype, shape = np.dtype(entry[0]), entry[1]
-    if not all(type(size) is int and size >= 0 for size in shape) or len(shape) > 16:
-        raise RecordError(f"expected a shape of at most 16 sizes >= 0 for array {name}, got {shape!r:.80}")
+    if not all(type(size) is int and 0 <= size < 2**63 for size in shape) or len(shape) > 16:
+        raise RecordError(f"expected a shape of at most 16 sizes in [0, 2**63) for array {name}, got {entry!r:.80}")
     expected = math.prod(shape) * dtype.itemsize
     if expected != len(data):
         raise RecordError(f"expected {expected} bytes for array {name}, {dtype} {shape!r:.80}, got {len(data)}")
-    return np.frombuffer(data, dtype=dtype).reshape(shape)
+    try:
+        return np.frombuffer(data, dtype=dtype).reshape(shape)
+    except ValueError as error:  # a shape with a size of zero may have others that no array has
+        raise RecordError(f"expected the shape of an array for {name}, got {shape!r:.80}: {error}") from error
 
 
 def _trace(entry: dict[str, Any]) -> TrainingTrace:
-    def numbers(value: Any, kinds: type | tuple[type, ...], name: str) -> tuple[Any, ...]:
-        items = _expect(value, list, name)
-        if not all(isinstance(item, kinds) and not isinstance(item, bool) for item in items):
-            raise RecordError(f"expected numbers in {name}, got {items!r:.80}")
+    def indices(value: Any) -> tuple[int, ...]:
+        items = _expect(value, list, "batches")
+        if not all(type(item) is int and 0 <= item < 2**63 for item in items):
+            raise RecordError("expected mini-batches of indices in [0, 2**63)")
         return tuple(items)
 
-    def finite(name: str) -> float:
-        value = _expect(entry.get(name), (int, float), name)
-        if not math.isfinite(value):
-            raise RecordError(f"expected a finite {name}, got {value}")
-        return float(value)
+    def finite(value: Any, name: str) -> float:
+        number = _expect(value, (int, float), name)
+        try:
+            number = float(number)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise RecordError(f"expected a finite {name}, got {number}")
+        return number
 
-    batches = tuple(numbers(batch, int, "batches") for batch in _expect(entry.get("batches"), list, "batches"))
-    lr = tuple(float(rate) for rate in numbers(entry.get("lr"), (int, float), "lr"))
-    if len(lr) != len(batches) or not all(math.isfinite(rate) for rate in lr):
-        raise RecordError(f"expected one finite learning rate for each of {len(batches)} steps, got {len(lr)}")
+    batches = tuple(indices(batch) for batch in _expect(entry.get("batches"), list, "batches"))
+    lr = tuple(finite(rate, "lr") for rate in _expect(entry.get("lr"), list, "lr"))
+    if len(lr) != len(batches):
+        raise RecordError(f"expected one learning rate for each of {len(batches)} steps, got {len(lr)}")
     return TrainingTrace(
         optimizer=_text(entry, "optimizer"),
         batches=batches,
         lr=lr,
-        momentum=finite("momentum"),
-        dampening=finite("dampening"),
-        weight_decay=finite("weight_decay"),
+        momentum=finite(entry.get("momentum"), "momentum"),
+        dampening=finite(entry.get("dampening"), "dampening"),
+        weight_decay=finite(entry.get("weight_decay"), "weight_decay"),
         nesterov=_expect(entry.get("nesterov"), bool, "nesterov"),
         problem=_text(entry, "problem"),
     )
@@ -159,7 +166,8 @@ def _trace(entry: dict[str, Any]) -> TrainingTrace:
 
 def _text(head: Mapping[str, Any], name: str) -> str:
     text: str = _expect(head.get(name), str, name)
-    return text[:500]
+    # Neither half a surrogate pair nor a null character can be written to a ledger.
+    return text[:500].encode(errors="replace").decode().replace("\0", "")
 
 
 def _expect(value: Any, kind: type | tuple[type, ...], name: str) -> Any:
