@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import os
 import sys
@@ -13,6 +15,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fl_privacy.audit.estimate import LeakageEstimate, Status
 from fl_privacy.audit.executor import Executor
@@ -93,6 +96,7 @@ class RayExecutor(Executor):
         self._workers: list[Any] = []
         self._options: dict[str, Any] = {}
         self._num_threads = 1
+        self._nodes: Iterator[str] = iter(())
 
     @property
     def num_workers(self) -> int:
@@ -152,8 +156,9 @@ class RayExecutor(Executor):
 
     def close(self) -> None:
         """Ends all actors, and the cluster if this executor started it."""
-        for worker in self._workers:
-            ray.kill(worker)
+        if ray.is_initialized():  # else they are gone with their cluster, and ray.kill would start another
+            for worker in self._workers:
+                _kill(worker)
         self._workers, self._context, self._context_ref = [], None, None
         if self._owns_cluster and ray.is_initialized():
             ray.shutdown()
@@ -169,6 +174,7 @@ class RayExecutor(Executor):
             ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
             self._owns_cluster = True
         self._context_ref = ray.put(context)
+        self._nodes = itertools.cycle(_computing_nodes())
         count = self._fit()
         self._num_threads = max(1, (os.cpu_count() or 1) // count)
         self._workers = [self._create() for _ in range(count)]
@@ -189,7 +195,17 @@ class RayExecutor(Executor):
         started, waiting = ray.wait(list(devices), num_returns=len(devices), timeout=_START_SECONDS)
         for late in waiting:
             self._workers.remove(devices[late])
-            ray.kill(devices[late])
+            _kill(devices[late])
+        if not started and (self._options["num_gpus"] > 0 or self._options["num_cpus"] > 0):
+            _log.warning(
+                "audit workers reserve nothing, and run on CPU: no node has num_gpus=%g and num_cpus=%g free for one",
+                self._options["num_gpus"],
+                self._options["num_cpus"],
+            )
+            self._options |= {"num_gpus": 0.0, "num_cpus": 0.0}
+            self._workers = [self._create() for _ in devices]
+            self._keep_started()
+            return
         if not started:
             raise FLPrivacyError(
                 f"expected audit workers to start within {_START_SECONDS:g} s, none of {len(devices)} did: free "
@@ -235,13 +251,28 @@ class RayExecutor(Executor):
         return count
 
     def _create(self) -> Any:
-        return ray.remote(AuditWorker).options(**self._options).remote(self._context_ref, self._num_threads)
+        options = dict(self._options)
+        if not (options["num_gpus"] or options["num_cpus"]):
+            # Ray puts what reserves nothing wherever it likes: all of it on one node, for instance.
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(next(self._nodes), soft=True)
+        return ray.remote(AuditWorker).options(**options).remote(self._context_ref, self._num_threads)
 
     def _replace(self, worker: Any) -> Any:
-        ray.kill(worker)
+        _kill(worker)
         new = self._create()
         self._workers[self._workers.index(worker)] = new
         return new
+
+
+def _kill(worker: Any) -> None:
+    with contextlib.suppress(RayError):  # a handle of a cluster that was shut down
+        ray.kill(worker)
+
+
+def _computing_nodes() -> list[str]:
+    """Returns the ids of the cluster's nodes, without those that are there to manage it (no CPU)."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return [n["NodeID"] for n in nodes if n["Resources"].get("CPU", 0) > 0] or [n["NodeID"] for n in nodes]
 
 
 def _failed(chunk: Sequence[AuditTask], reason: str) -> list[LeakageEstimate]:

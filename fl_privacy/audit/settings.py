@@ -52,7 +52,7 @@ class AuditSettings:
     replay_rtol: float = 1e-3
     precision: Precision = "auto"
     batch_norm: BatchNorm = "auto"
-    memory_budget: int = 512 * 1024**2
+    memory_budget: int = 2 * 1024**3
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -16,8 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.influence.update import Linearization, UpdateMap
 
-DEFAULT_MEMORY_BUDGET = 512 * 1024**2
+DEFAULT_MEMORY_BUDGET = 2 * 1024**3
 """Bytes of graph that one vectorised pass may keep."""
+_CPU_LANES = 64
+"""Most units in one pass on a CPU: more of them gain nothing, and cost memory traffic."""
 
 
 class UpdateJacobian:
@@ -178,7 +180,8 @@ class UpdateJacobian:
     @property
     def lanes_per_pass(self) -> int:
         """Number of units that one vectorised pass takes within the memory budget, at least one."""
-        return max(1, self._memory_budget // self.lane_bytes)
+        fitting = max(1, self._memory_budget // self.lane_bytes)
+        return min(fitting, _CPU_LANES) if self.device.type == "cpu" else fitting
 
     def _apply(self, product: Callable[[Linearization, Tensor, slice], Tensor], vectors: Tensor, dim: int) -> Tensor:
         if vectors.shape != (self.num_units, dim):

@@ -237,9 +237,12 @@ def _dense_gram(jacobian: UpdateJacobian, unit: int) -> Tensor:
     identity = torch.eye(dim, dtype=jacobian.dtype, device=jacobian.device)
     fits = 2 * dim * jacobian.update_dim * jacobian.dtype.itemsize <= jacobian.memory_budget
     rows = []
-    for lanes in torch.split(torch.arange(dim, device=jacobian.device), jacobian.lanes_per_pass):
-        repeated = jacobian.select(torch.full_like(lanes, unit))
-        rows.append(repeated.jvp(identity[lanes]) if fits else repeated.gram(identity[lanes]))
+    lanes = min(dim, jacobian.lanes_per_pass)
+    repeated = jacobian.select(torch.full((lanes,), unit, device=jacobian.device))  # one linearisation for all columns
+    for columns in torch.split(identity, lanes):
+        full = columns if len(columns) == lanes else identity[-lanes:]  # the last chunk overlaps the one before it
+        products = repeated.jvp(full) if fits else repeated.gram(full)
+        rows.append(products[lanes - len(columns) :])
     found = torch.cat(rows).double()
     gram = found @ found.T if fits else found
     return (gram + gram.T) / 2

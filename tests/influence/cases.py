@@ -145,26 +145,26 @@ class AtEmbeddings(nn.Module):
 
 def lenet() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(1, 3, 5, stride=2, padding=2),
+        nn.Conv2d(1, 2, 5, stride=2, padding=2),
         nn.Sigmoid(),
-        nn.Conv2d(3, 3, 5, padding=2),
+        nn.Conv2d(2, 2, 5, padding=2),
         nn.Sigmoid(),
         nn.Flatten(),
-        nn.Linear(27, CLASSES),
+        nn.Linear(18, CLASSES),
     )
 
 
 def resnet() -> nn.Module:
-    shortcut = nn.Sequential(nn.Conv2d(3, 4, 1, stride=2, bias=False), nn.BatchNorm2d(4))
+    shortcut = nn.Sequential(nn.Conv2d(2, 3, 1, stride=2, bias=False), nn.BatchNorm2d(3))
     return nn.Sequential(
-        nn.Conv2d(1, 3, 3, padding=1, bias=False),
-        nn.BatchNorm2d(3),
+        nn.Conv2d(1, 2, 3, padding=1, bias=False),
+        nn.BatchNorm2d(2),
         nn.ReLU(inplace=True),
-        BasicBlock(3, 3),
-        BasicBlock(3, 4, stride=2, downsample=shortcut),
+        BasicBlock(2, 2),
+        BasicBlock(2, 3, stride=2, downsample=shortcut),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
-        nn.Linear(4, CLASSES),
+        nn.Linear(3, CLASSES),
     )
 
 
@@ -197,7 +197,7 @@ CASES = (
     Case("mlp-mse", _mlp, (5,), loss=nn.MSELoss(), regression=True),
     Case("lenet", lenet, (1, 6, 6)),
     Case("lenet-focal", lenet, (1, 6, 6), loss=focal_loss),
-    Case("resnet", resnet, (1, 5, 5)),
+    Case("resnet", resnet, (1, 4, 4)),
     Case("vit-mha", PatchTransformer, (1, 4, 4)),
     Case("vit-sdpa", lambda: VisionTransformer((1, 4, 4), CLASSES, width=4, depth=1, num_heads=2), (1, 4, 4)),
     Case("text-transformer", _text_transformer, (3, 4), input_module="embedding"),
@@ -206,8 +206,8 @@ CASES = (
 )
 BY_NAME = {case.name: case for case in CASES}
 
-LOCAL_TRAINING = Sgd(lr=0.3, steps=((0, 2), (1, 2), (2,)), momentum=0.7, weight_decay=0.05, nesterov=True)
-"""Three examples in three mini-batches, one example in all of them."""
+LOCAL_TRAINING = Sgd(lr=0.3, steps=((0, 2), (2, 1)), momentum=0.7, weight_decay=0.05, nesterov=True)
+"""Three examples in two mini-batches, one example in both."""
 
 
 def audited(update: UpdateMap, inputs: Tensor, labels: Tensor, private: Tensor | None) -> UpdateJacobian:
@@ -274,7 +274,7 @@ def columns_of(j: Tensor, private: Tensor | None, examples: int) -> Tensor:
     """Returns the columns `[U, P, D]` of J `[U, P, N·d]` that belong to each unit's private example."""
     if private is None:
         return j
-    by_example = j.unflatten(-1, (examples, -1))
+    by_example = j.reshape(*j.shape[:2], examples, -1)
     return torch.stack([by_example[unit, :, slot] for unit, slot in enumerate(private.tolist())])
 
 
@@ -293,7 +293,8 @@ class LinearUpdate(nn.Module):
         self.theta = nn.Parameter(torch.zeros(matrices.shape[1], dtype=matrices.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum("p,kpd,nd->nk", self.theta, self.matrices, x)
+        outputs: Tensor = torch.einsum("p,kpd,nd->nk", self.theta, self.matrices, x)
+        return outputs
 
 
 def picked(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -314,7 +315,7 @@ def with_eigenvalues(eigenvalues: Tensor, *, seed: int = 0) -> Tensor:
     """Returns matrices A `[K, D, D]` with the given eigenvalues `[K, D]` of AᵀA and random eigenvectors."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(*eigenvalues.shape, eigenvalues.shape[-1], generator=generator, dtype=torch.float64)
-    vectors, _ = torch.linalg.qr(noise)
+    vectors: Tensor = torch.linalg.qr(noise)[0]
     return torch.diag_embed(eigenvalues.double().sqrt()) @ vectors.mT
 
 
