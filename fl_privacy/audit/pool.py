@@ -271,7 +271,8 @@ def _kill(worker: Any) -> None:
 
 def _computing_nodes() -> list[str]:
     """Returns the ids of the cluster's nodes, without those that are there to manage it (no CPU)."""
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    everything: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    nodes = [node for node in everything if node["Alive"]]
     return [n["NodeID"] for n in nodes if n["Resources"].get("CPU", 0) > 0] or [n["NodeID"] for n in nodes]
 
 

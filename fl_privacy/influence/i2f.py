@@ -91,7 +91,7 @@ def influence(
 
 
 def influence_lower_bound(
-    jacobian: UpdateJacobian, perturbation: Tensor, *, rtol: float = 1e-4, max_steps: int = 64
+    jacobian: UpdateJacobian, perturbation: Tensor, *, rtol: float = 3e-4, max_steps: int = 64
 ) -> Tensor:
     """Returns ‖Jᵀδ‖ / λ_max(G) `[U]` (paper, Eq. 5), which no ridge-free I²F falls below.
 

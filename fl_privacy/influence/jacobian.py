@@ -70,7 +70,7 @@ class UpdateJacobian:
             self._inputs, self._labels = inputs[rows, private, None], labels[rows, private, None]
             self._slot, self._scale = None, 1.0 / inputs.shape[1]
         self._lane_bytes: int | None = None
-        self._kept: Linearization | None = None
+        self._kept: dict[int, Linearization] = {}
 
     @property
     def num_units(self) -> int:
@@ -142,7 +142,7 @@ class UpdateJacobian:
         chosen._inputs, chosen._labels = self._inputs[units], self._labels[units]
         chosen._private = None if self._private is None else self._private[units]
         chosen._slot = None if self._slot is None else self._slot[units]
-        chosen._kept = None
+        chosen._kept = {}
         return chosen
 
     def to(self, dtype: torch.dtype) -> UpdateJacobian:
@@ -192,19 +192,19 @@ class UpdateJacobian:
             raise InvalidInputError(
                 f"expected vectors of {self.dtype} on {self.device}, got {vectors.dtype} on {vectors.device}"
             )
-        return torch.cat([product(lin, vectors[lanes], lanes) for lanes, lin in self._linearizations()])
+        parts = [product(lin, vectors[lanes], lanes) for lanes, lin in self._linearizations()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)  # of a large model one part is a copy worth sparing
 
     def _linearizations(self) -> Iterator[tuple[slice, Linearization]]:
-        """Yields chunks of units and their linearisation; a single chunk's is kept for the next product."""
+        """Yields chunks of units and their linearisation; they are kept for the next product where all fit at once."""
         size = self.lanes_per_pass
-        if self.num_units <= size:
-            if self._kept is None:
-                self._kept = self._linearize(slice(0, self.num_units))
-            yield slice(0, self.num_units), self._kept
-            return
+        keep = self.num_units <= size or self.num_units * self.lane_bytes <= self._memory_budget
         for start in range(0, self.num_units, size):
             lanes = slice(start, min(start + size, self.num_units))
-            yield lanes, self._linearize(lanes)
+            linearization = self._kept.get(start) or self._linearize(lanes)
+            if keep:
+                self._kept[start] = linearization
+            yield lanes, linearization
 
     def _linearize(self, lanes: slice) -> Linearization:
         inputs, labels = self._inputs[lanes], self._labels[lanes]
@@ -217,7 +217,8 @@ class UpdateJacobian:
     def _jvp(self, linearization: Linearization, vectors: Tensor, lanes: slice) -> Tensor:
         # Zero but for the private example, [L, N, d].
         spread = vectors if self._slot is None else self._slot_mask(lanes) * vectors[:, None]
-        return self._scale * linearization.jvp(spread.reshape(self._inputs[lanes].shape))
+        update_dot = linearization.jvp(spread.reshape(self._inputs[lanes].shape))
+        return update_dot if self._scale == 1.0 else self._scale * update_dot
 
     def _vjp(self, linearization: Linearization, vectors: Tensor, lanes: slice) -> Tensor:
         inputs_bar = linearization.vjp(vectors).flatten(2)  # [L, N, d]

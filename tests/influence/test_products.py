@@ -165,6 +165,23 @@ def test_memory_budget_changes_no_number(name: str, sgd: Sgd | None, lanes: int)
     assert close(tight.gram(v), roomy.gram(v), 1e-12)
 
 
+def test_graphs_of_several_passes_are_kept_where_they_fit() -> None:
+    """More units than one pass takes: as fast as one pass, and no other numbers."""
+    case = BY_NAME["linear"]
+    update = gradient_update(case)
+    inputs, labels = case.batch(150, 1)
+    jacobian = audited(update, inputs, labels, None)
+    assert jacobian.lanes_per_pass < 150
+    v = random(150, jacobian.input_dim, seed=1)
+    first = jacobian.gram(v)
+    runs: list[int] = []
+    update.model.register_forward_hook(lambda *_: runs.append(1))
+    assert torch.equal(jacobian.gram(v), first)
+    assert not runs
+    expected = torch.cat([jacobian.select(part).gram(v[part]) for part in torch.arange(150).split(10)])
+    assert close(first, expected, 1e-12)
+
+
 @pytest.mark.parametrize("private", [None, torch.tensor([0, 1, 2])], ids=["batch", "example"])
 @pytest.mark.parametrize("sgd", [None, LOCAL_TRAINING], ids=["gradient", "training"])
 def test_select_takes_units_in_any_order_and_number(sgd: Sgd | None, private: Tensor | None) -> None:
