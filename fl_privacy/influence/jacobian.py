@@ -121,16 +121,22 @@ class UpdateJacobian:
 
     def jvp(self, vectors: Tensor) -> Tensor:
         """Returns J·v `[U, P]` for v `[U, D]`."""
-        return self._apply(lambda lin, v, lanes: self._jvp(lin, v, lanes), vectors, self.input_dim)
+        return self._apply(
+            lambda lin, v, lanes: self._scaled(lin.jvp(self._spread(v, lanes)), 1), vectors, self.input_dim
+        )
 
     def vjp(self, vectors: Tensor) -> Tensor:
         """Returns Jᵀ·w `[U, D]` for w `[U, P]`."""
-        return self._apply(lambda lin, w, lanes: self._vjp(lin, w, lanes), vectors, self.update_dim)
+        return self._apply(
+            lambda lin, w, lanes: self._scaled(self._gathered(lin.vjp(w), lanes), 1), vectors, self.update_dim
+        )
 
     def gram(self, vectors: Tensor) -> Tensor:
         """Returns G·v = JᵀJ·v `[U, D]` for v `[U, D]`."""
         return self._apply(
-            lambda lin, v, lanes: self._vjp(lin, self._jvp(lin, v, lanes), lanes), vectors, self.input_dim
+            lambda lin, v, lanes: self._scaled(self._gathered(lin.gram(self._spread(v, lanes)), lanes), 2),
+            vectors,
+            self.input_dim,
         )
 
     def select(self, units: Tensor) -> UpdateJacobian:
@@ -197,34 +203,38 @@ class UpdateJacobian:
 
     def _linearizations(self) -> Iterator[tuple[slice, Linearization]]:
         """Yields chunks of units and their linearisation; they are kept for the next product where all fit at once."""
-        size = self.lanes_per_pass
-        keep = self.num_units <= size or self.num_units * self.lane_bytes <= self._memory_budget
+        # One unit's one graph is there during a product in any case: keeping it costs nothing, so it is not measured.
+        alone = self.num_units == 1 and self._update.num_graphs == 1
+        size = 1 if alone else self.lanes_per_pass
+        keep = alone or self.num_units <= size or self.num_units * self.lane_bytes <= self._memory_budget
         for start in range(0, self.num_units, size):
             lanes = slice(start, min(start + size, self.num_units))
-            linearization = self._kept.get(start) or self._linearize(lanes)
+            linearization = self._kept.get(start)
+            if linearization is None:
+                inputs, labels = self._inputs[lanes], self._labels[lanes]
+                retain = alone or self.lane_bytes * len(inputs) <= self._memory_budget
+                theta = self._lanes(inputs)
+                linearization = self._update.linearize(self._params, theta, inputs, labels, retain=retain)
             if keep:
                 self._kept[start] = linearization
             yield lanes, linearization
 
-    def _linearize(self, lanes: slice) -> Linearization:
-        inputs, labels = self._inputs[lanes], self._labels[lanes]
-        retain = self.lane_bytes * len(inputs) <= self._memory_budget
-        return self._update.linearize(self._params, self._lanes(inputs), inputs, labels, retain=retain)
-
     def _lanes(self, inputs: Tensor) -> Tensor:
         return self._theta.expand(len(inputs), -1)
 
-    def _jvp(self, linearization: Linearization, vectors: Tensor, lanes: slice) -> Tensor:
-        # Zero but for the private example, [L, N, d].
-        spread = vectors if self._slot is None else self._slot_mask(lanes) * vectors[:, None]
-        update_dot = linearization.jvp(spread.reshape(self._inputs[lanes].shape))
-        return update_dot if self._scale == 1.0 else self._scale * update_dot
+    def _spread(self, vectors: Tensor, lanes: slice) -> Tensor:
+        """Private vectors `[L, D]` as tangents of whole batches, zero but for the private example."""
+        spread = vectors if self._slot is None else self._slot_mask(lanes) * vectors[:, None]  # [L, N, d]
+        return spread.reshape(self._inputs[lanes].shape)
 
-    def _vjp(self, linearization: Linearization, vectors: Tensor, lanes: slice) -> Tensor:
-        inputs_bar = linearization.vjp(vectors).flatten(2)  # [L, N, d]
-        if self._slot is not None:
-            inputs_bar = (self._slot_mask(lanes) * inputs_bar).sum(1)
-        return self._scale * inputs_bar.reshape(len(vectors), self.input_dim)
+    def _gathered(self, inputs_bar: Tensor, lanes: slice) -> Tensor:
+        """The private part of adjoints of whole batches, `[L, D]`."""
+        flat = inputs_bar.flatten(2)  # [L, N, d]
+        return flat.flatten(1) if self._slot is None else (self._slot_mask(lanes) * flat).sum(1)
+
+    def _scaled(self, products: Tensor, times: int) -> Tensor:
+        """Products with J for its private example alone, over N once for each J in them."""
+        return products if self._scale == 1.0 else self._scale**times * products
 
     def _slot_mask(self, lanes: slice) -> Tensor:
         """One at each unit's private example, `[L, N, 1]`."""

@@ -40,6 +40,10 @@ class Linearization(ABC):
     def vjp(self, update_bar: Tensor) -> Tensor:
         """Returns Jᵀ·w, `[L, N, *shape]`, for w `[L, P]`."""
 
+    def gram(self, inputs_dot: Tensor) -> Tensor:
+        """Returns JᵀJ·v, `[L, N, *shape]`, for v `[L, N, *shape]`."""
+        return self.vjp(self.jvp(inputs_dot))
+
 
 class UpdateMap(ABC):
     """What a client shares, as a function of its inputs at given global parameters.
@@ -110,11 +114,11 @@ class UpdateMap(ABC):
 
     def example_losses(self, params: Mapping[str, Tensor], inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the loss of the batch `[N, *shape]` and those of its examples, each run alone, `[N]`."""
-        theta = self.layout.flatten(params)
+        trained = {name: params[name] for name in self.layout.names}
         with torch.no_grad(), audit_mode(self.model, batch_norm=self.batch_norm):
             loss = self._lane_loss(params, inputs)
-            alone = torch.stack([loss(theta, inputs[i : i + 1], labels[i : i + 1]) for i in range(len(inputs))])
-            return loss(theta, inputs, labels), alone
+            alone = torch.stack([loss(trained, inputs[i : i + 1], labels[i : i + 1]) for i in range(len(inputs))])
+            return loss(trained, inputs, labels), alone
 
     def outputs(self, params: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         """Returns the model's outputs for inputs `[N, *shape]`, in audit mode and without a graph."""
@@ -125,12 +129,12 @@ class UpdateMap(ABC):
     def _curvature(self, params: Mapping[str, Tensor], theta: Tensor, inputs: Tensor, labels: Tensor) -> LossCurvature:
         with audit_mode(self.model, batch_norm=self.batch_norm):
             loss = self._lane_loss(params, inputs)
-            return self._try_vectorized(lambda v: LossCurvature(loss, theta, inputs, labels, vectorize=v))
+            return self._try_vectorized(lambda v: LossCurvature(loss, self.layout, theta, inputs, labels, vectorize=v))
 
     def _gradient(self, params: Mapping[str, Tensor], theta: Tensor, inputs: Tensor, labels: Tensor) -> Tensor:
         with audit_mode(self.model, batch_norm=self.batch_norm):
             loss = self._lane_loss(params, inputs)
-            return self._try_vectorized(lambda v: mean_gradient(loss, theta, inputs, labels, vectorize=v))
+            return self._try_vectorized(lambda v: mean_gradient(loss, self.layout, theta, inputs, labels, vectorize=v))
 
     def _try_vectorized(self, build: Callable[[bool], T]) -> T:
         """Builds with all lanes in one `vmap`, or lane by lane for a model that `vmap` cannot run."""
@@ -148,8 +152,8 @@ class UpdateMap(ABC):
     def _lane_loss(self, params: Mapping[str, Tensor], like: Tensor) -> LaneLoss:
         constants = self._constants(params, like)
 
-        def loss(theta: Tensor, inputs: Tensor, labels: Tensor) -> Tensor:
-            value = self.loss(self._forward(self.layout.unflatten(theta), constants, inputs), labels)
+        def loss(trained: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
+            value = self.loss(self._forward(trained, constants, inputs), labels)
             if value.ndim:
                 raise InvalidInputError(
                     f"expected a loss that returns one number, the mean over the batch, got shape {tuple(value.shape)}:"
@@ -209,3 +213,6 @@ class _GradientLinearization(Linearization):
 
     def vjp(self, update_bar: Tensor) -> Tensor:
         return self._curvature().input_product(update_bar)
+
+    def gram(self, inputs_dot: Tensor) -> Tensor:
+        return self._curvature().gram(inputs_dot)
