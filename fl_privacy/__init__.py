@@ -55,8 +55,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
+    return globals().setdefault(name, value)  # `influence` is there by now: the package, which is callable
 
 
 def __dir__() -> list[str]:

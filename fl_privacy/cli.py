@@ -1,4 +1,4 @@
-"""The command line: `fl-privacy verify` checks a ledger, `fl-privacy show` prints it."""
+"""The command line: `verify` checks a ledger, `show` prints it, `validate` checks predictions against attacks."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rich.console import Console
 from fl_privacy.audit.chain import Verification
 from fl_privacy.audit.ledger import Ledger, LedgerEntry
 from fl_privacy.audit.table import round_table
+from fl_privacy.commands.validate import validate
 from fl_privacy.errors import LedgerError
 
 OK, TAMPERED, UNUSABLE = 0, 1, 2
@@ -30,7 +31,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Read the ledger of a privacy audit: a SQLite file, or any SQLAlchemy database URL.",
+    help="Read the ledger of a privacy audit, and check the numbers in it against real attacks.",
     epilog="Exit codes: 0 all is well, 1 verify found tampering, 2 wrong usage or no usable ledger.",
 )
 
@@ -99,6 +100,9 @@ def show(
         shown = _print_json(entries) if as_json else _print_rounds(entries)
     if not shown:
         typer.echo("no rows match", err=True)
+
+
+app.command(epilog="Exit codes: 0 done, 2 wrong usage or missing data.")(validate)
 
 
 def main() -> None:

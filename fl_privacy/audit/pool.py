@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ActorUnschedulableError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fl_privacy.audit.estimate import LeakageEstimate, Status
@@ -96,7 +96,6 @@ class RayExecutor(Executor):
         self._workers: list[Any] = []
         self._options: dict[str, Any] = {}
         self._num_threads = 1
-        self._nodes: Iterator[str] = iter(())
 
     @property
     def num_workers(self) -> int:
@@ -136,7 +135,7 @@ class RayExecutor(Executor):
                 job = running.pop(done[0])
                 try:
                     rows: list[LeakageEstimate] = ray.get(done[0])
-                except RayActorError as error:
+                except (RayActorError, ActorUnschedulableError) as error:
                     _log.warning("an audit worker died (%s); its clients are audited by another", _first_line(error))
                     idle.append(self._replace(job.worker))
                     if job.attempt < _MAX_ATTEMPTS:
@@ -174,10 +173,9 @@ class RayExecutor(Executor):
             ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
             self._owns_cluster = True
         self._context_ref = ray.put(context)
-        self._nodes = itertools.cycle(_computing_nodes())
         count = self._fit()
         self._num_threads = max(1, (os.cpu_count() or 1) // count)
-        self._workers = [self._create() for _ in range(count)]
+        self._workers = self._create_spread(count)
         try:
             self._keep_started()
         except BaseException:
@@ -203,7 +201,7 @@ class RayExecutor(Executor):
                 self._options["num_cpus"],
             )
             self._options |= {"num_gpus": 0.0, "num_cpus": 0.0}
-            self._workers = [self._create() for _ in devices]
+            self._workers = self._create_spread(len(devices))
             self._keep_started()
             return
         if not started:
@@ -250,11 +248,16 @@ class RayExecutor(Executor):
         }
         return count
 
-    def _create(self) -> Any:
-        options = dict(self._options)
-        if not (options["num_gpus"] or options["num_cpus"]):
-            # Ray puts what reserves nothing wherever it likes: all of it on one node, for instance.
-            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(next(self._nodes), soft=True)
+    def _create_spread(self, count: int) -> list[Any]:
+        """Creates workers, those that reserve nothing in turn on every node: Ray might put all of them on one."""
+        if self._options["num_gpus"] > 0 or self._options["num_cpus"] > 0:
+            return [self._create() for _ in range(count)]
+        # A soft affinity is one that Ray 2.55 does not always keep.
+        nodes = itertools.islice(itertools.cycle(_computing_nodes()), count)
+        return [self._create(NodeAffinitySchedulingStrategy(node, soft=False)) for node in nodes]
+
+    def _create(self, place: NodeAffinitySchedulingStrategy | None = None) -> Any:
+        options = self._options if place is None else {**self._options, "scheduling_strategy": place}
         return ray.remote(AuditWorker).options(**options).remote(self._context_ref, self._num_threads)
 
     def _replace(self, worker: Any) -> Any:

@@ -1,0 +1,33 @@
+"""The one interface of all attacks, and the attacks by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Protocol
+
+from fl_privacy.attacks.analytic import LinearLayerLeak
+from fl_privacy.attacks.gauss_newton import GaussNewton
+from fl_privacy.attacks.gradient_matching import deep_leakage, inverting_gradients
+from fl_privacy.attacks.optimizers import Adam
+from fl_privacy.attacks.problem import AttackProblem
+from fl_privacy.attacks.result import Reconstruction
+
+
+class Attack(Protocol):
+    """What rebuilds inputs from updates. Each is a frozen configuration; it keeps nothing between runs."""
+
+    def run(self, problem: AttackProblem) -> Reconstruction:
+        """Returns the inputs rebuilt for every unit, with how it went."""
+
+
+ATTACKS: Mapping[str, Callable[[], Attack]] = MappingProxyType(
+    {
+        "gauss-newton": GaussNewton,
+        "dgl": deep_leakage,
+        "dgl-adam": lambda: deep_leakage(optimizer=Adam()),
+        "inverting-gradients": inverting_gradients,
+        "linear-layer": LinearLayerLeak,
+    }
+)
+"""The attacks by name, each with its defaults."""

@@ -1,0 +1,116 @@
+"""`fl-privacy validate`: attacks that really run, beside what was predicted for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fl_privacy.errors import FLPrivacyError
+from fl_privacy.interval import Interval
+
+if TYPE_CHECKING:
+    from fl_privacy.validation import Agreement
+
+UNUSABLE = 2
+
+
+def validate(
+    dataset: Annotated[str, typer.Option(help="digits, mnist, fashion-mnist, cifar10 or folder.")] = "digits",
+    data_root: Annotated[str, typer.Option(help="Where the data set's files are.")] = "data",
+    model: Annotated[str, typer.Option(help="lenet, digitsnet, mlp, resnet18 or vit.")] = "lenet",
+    initialization: Annotated[
+        str, typer.Option(help="uniform: U(-0.5, 0.5), as in the paper; default: the model's own.")
+    ] = "uniform",
+    noise: Annotated[
+        list[float] | None, typer.Option(help="Noise level, standard deviation per parameter; give it several times.")
+    ] = None,
+    attack: Annotated[
+        list[str] | None, typer.Option(help="Attack by name; give it several times. Default: gauss-newton.")
+    ] = None,
+    num_images: Annotated[int, typer.Option(help="Images of the test set.")] = 50,
+    seed: Annotated[int, typer.Option(help="Of initialization and noise.")] = 0,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the CSV and the figure.")] = Path(
+        "runs/validation"
+    ),
+) -> None:
+    """Attack noisy gradients of single images and compare the error with the prediction.
+
+    Prints a table, and writes results.csv and agreement.png. A study that was stopped goes on where it was: delete the
+    output folder, or name another, to begin anew or with other settings.
+    """
+    try:
+        _validate(dataset, data_root, model, initialization, noise or [], attack or [], num_images, seed, output)
+    except (FLPrivacyError, ValueError, OSError, ImportError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(UNUSABLE) from error
+
+
+def _validate(
+    dataset: str,
+    data_root: str,
+    model: str,
+    initialization: str,
+    noise: list[float],
+    attack: list[str],
+    num_images: int,
+    seed: int,
+    output: Path,
+) -> None:
+    from fl_privacy.attacks import ATTACKS
+    from fl_privacy.validation import ValidationSettings, run_validation, summarize
+    from fl_privacy.validation.figure import draw_agreement
+
+    names = attack or ["gauss-newton"]
+    unknown = [name for name in names if name not in ATTACKS]
+    if unknown:
+        raise ValueError(f"expected attacks among {', '.join(ATTACKS)}, got {', '.join(unknown)}")
+    settings = ValidationSettings(
+        dataset=dataset,
+        data_root=data_root,
+        model=model,
+        initialization=initialization,  # type: ignore[arg-type]  # checked when built
+        num_images=num_images,
+        seed=seed,
+        **({"noise_stds": tuple(noise)} if noise else {}),  # type: ignore[arg-type]
+    )
+    console = Console(width=None if Console().is_terminal else 120)
+    columns = (TextColumn("attacking"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("validate", total=None)
+        rows = run_validation(
+            settings,
+            {name: ATTACKS[name]() for name in names},
+            output / "results.csv",
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    overall, levels = summarize(rows)
+    title = f"{model} on {dataset}: reached error over predicted error"
+    console.print(_table(title, overall, levels))
+    draw_agreement(rows, output / "agreement.png", title=f"{model}, {dataset}")
+    console.print(f"{output / 'results.csv'}, {output / 'agreement.png'}")
+
+
+def _table(title: str, overall: Agreement, levels: dict[float, Agreement]) -> Table:
+    table = Table(title=title, caption="beaten: an attack is more than 20 % below the prediction's lower end")
+    for heading in ("noise std", "runs", "Spearman [95 %]", "median ratio", "median |ratio - 1|", "beaten", "failed"):
+        table.add_column(heading, justify="right")
+    for name, agreement in [*((f"{level:g}", a) for level, a in levels.items()), ("all", overall)]:
+        table.add_row(
+            name,
+            str(agreement.runs),
+            _interval(agreement.spearman),
+            f"{agreement.median_ratio:.3f}",
+            f"{agreement.median_deviation:.3f}",
+            f"{agreement.beaten:.1%}",
+            f"{agreement.failed:.1%}",
+        )
+    return table
+
+
+def _interval(value: Interval[float]) -> str:
+    return f"{value.value:.3f} [{value.lower:.3f}, {value.upper:.3f}]"

@@ -1,0 +1,160 @@
+"""A small study that really attacks, and its resumption."""
+
+import dataclasses
+
+import pytest
+
+from fl_privacy.attacks import GaussNewton
+from fl_privacy.errors import InvalidInputError
+from fl_privacy.validation import ValidationRow, ValidationSettings, run_validation, summarize
+from fl_privacy.validation.figure import draw_agreement
+from fl_privacy.validation.study import read_rows
+
+SETTINGS = ValidationSettings(num_images=4, images_at_once=2, noise_stds=(5.6e-4, 1.8e-2), max_steps=16)
+
+
+class Counting:
+    """The real attack, which remembers how many images it was run on."""
+
+    def __init__(self):
+        self.images = 0
+
+    def run(self, problem):
+        self.images += problem.num_units
+        return GaussNewton().run(problem)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    path = tmp_path_factory.mktemp("study") / "results.csv"
+    return path, run_validation(SETTINGS, {"gauss-newton": GaussNewton()}, path)
+
+
+class TestStudy:
+    def test_attacks_reach_what_was_predicted(self, study):
+        _, rows = study
+        overall, levels = summarize(rows)
+        assert overall.runs == 8
+        assert overall.failed == 0
+        assert set(levels) == set(SETTINGS.noise_stds)
+        assert 0.75 < overall.median_ratio < 1.25
+        assert max(row.error for row in rows if row.noise_std == 5.6e-4) < min(
+            row.error for row in rows if row.noise_std == 1.8e-2
+        )
+
+    def test_no_error_falls_below_the_papers_bound(self, study):
+        assert all(row.lower_bound < row.error for row in study[1])
+
+    def test_the_file_holds_the_rows(self, study):
+        path, rows = study
+        assert read_rows(path) == rows
+
+    def test_a_stopped_study_goes_on_where_it_was(self, study, tmp_path):
+        path, rows = study
+        lines = path.read_text().splitlines(keepends=True)
+        stopped = tmp_path / "results.csv"
+        stopped.write_text("".join(lines[:5]))  # the first group of two images, both noise levels
+        attack, progress = Counting(), []
+        resumed = run_validation(
+            SETTINGS, {"gauss-newton": attack}, stopped, progress=lambda done, total: progress.append((done, total))
+        )
+        assert attack.images == 4  # two images at two levels
+        assert progress[-1] == (8, 8)
+        assert [dataclasses.replace(row, seconds=0) for row in resumed] == [
+            dataclasses.replace(row, seconds=0) for row in rows
+        ]
+
+    def test_a_half_written_line_is_done_again(self, study, tmp_path):
+        path, rows = study
+        lines = path.read_text().splitlines(keepends=True)
+        broken = tmp_path / "results.csv"
+        broken.write_text("".join(lines[:-1]) + lines[-1][:20])
+        assert len(read_rows(broken)) == len(rows) - 1
+        run_validation(SETTINGS, {"gauss-newton": GaussNewton()}, broken)
+        assert len(read_rows(broken)) == len(rows)
+
+    def test_another_file_is_refused(self, tmp_path):
+        path = tmp_path / "other.csv"
+        path.write_text("a,b\n1,2\n")
+        with pytest.raises(InvalidInputError, match="columns of a validation study"):
+            read_rows(path)
+
+    def test_a_figure_is_drawn(self, study, tmp_path):
+        path = tmp_path / "figures" / "agreement.png"
+        draw_agreement(study[1], path, title="LeNet, digits")
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"noise_stds": ()}, "noise levels > 0"),
+        ({"noise_stds": (0.0,)}, "noise levels > 0"),
+        ({"num_images": 0}, "num_images >= 1"),
+        ({"initialization": "zeros"}, "initialization to be one of uniform, default"),
+    ],
+)
+def test_settings_out_of_range(options, message):
+    with pytest.raises(InvalidInputError, match=message):
+        ValidationSettings(**options)
+
+
+def test_more_images_than_there_are(tmp_path):
+    with pytest.raises(InvalidInputError, match="at most"):
+        run_validation(ValidationSettings(num_images=10**6), {}, tmp_path / "results.csv")
+
+
+def row(image, noise_std, predicted, error, *, attack="a", explained=True):
+    return ValidationRow(
+        image=image,
+        label=0,
+        noise_std=noise_std,
+        leakage_lower=0.4,
+        leakage=0.5,
+        leakage_upper=0.6,
+        predicted_lower=0.9 * predicted,
+        predicted=predicted,
+        predicted_upper=1.1 * predicted,
+        lower_bound=0.0,
+        attack=attack,
+        error=error,
+        converged=True,
+        explained=explained,
+        products=1,
+        seconds=0.0,
+    )
+
+
+class TestSummary:
+    def test_exact_numbers(self):
+        rows = [
+            row(i, 0.1, predicted=1.0 + i, error=(1.0 + i) * factor) for i, factor in enumerate((0.5, 0.9, 1.0, 1.2))
+        ]
+        overall, _ = summarize(rows)
+        assert overall.runs == 4
+        assert overall.median_ratio == pytest.approx(0.95)
+        assert overall.median_deviation == pytest.approx(0.15)
+        assert overall.beaten == 0.25  # 0.5 < 0.8 · 0.9
+        assert overall.spearman.value == pytest.approx(1.0)
+
+    def test_the_best_attack_counts_and_failed_runs_are_told(self):
+        rows = [
+            row(0, 0.1, 1.0, 2.0, attack="a", explained=False),
+            row(0, 0.1, 1.0, 1.5, attack="b", explained=False),
+            row(1, 0.1, 2.0, 2.0, attack="a"),
+            row(1, 0.1, 2.0, 3.0, attack="b", explained=False),
+        ]
+        overall, _ = summarize(rows)
+        assert overall.runs == 2
+        assert overall.median_ratio == pytest.approx(1.25)
+        assert overall.failed == 0.5
+
+    def test_reversed_order_within_a_level_is_reported(self):
+        rows = [row(i, level, level * (10 + i), level * (10 - i)) for level in (1.0, 100.0) for i in range(5)]
+        overall, levels = summarize(rows)
+        assert levels[1.0].spearman.value == pytest.approx(-1.0)
+        assert overall.spearman.value > 0
+
+    def test_no_rows(self):
+        with pytest.raises(InvalidInputError, match="got none"):
+            summarize([])
