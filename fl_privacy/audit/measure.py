@@ -118,8 +118,14 @@ def _measure(
         seed=settings.seed,
     )
     sigma = credited[client_of]
-    epsilon = (sigma / settings.prior_std) ** 2 if settings.ridge is None else torch.full_like(sigma, settings.ridge)
-    leakage = spectrum.leakage_at(epsilon)
+    epsilon = _ridge(sigma, settings)
+    # The scale is known to its standard error: two of them less of noise, or more, are as compatible with what arrived.
+    doubt = (2 * seen.scale_error / seen.scale).double()[client_of]
+    leakage = Interval(
+        spectrum.leakage_at(_ridge(sigma / (1 - doubt).clamp(min=1e-3), settings)).lower,
+        spectrum.leakage_at(epsilon).value,
+        spectrum.leakage_at(_ridge(sigma / (1 + doubt), settings)).upper,
+    )
     required = spectrum.required_noise_std(settings.target_leakage, settings.prior_std)
     # Below what floating point knows of G a smaller ridge changes digits that are not there.
     solvable = torch.maximum(epsilon, 10 * spectrum.resolution)
@@ -176,6 +182,12 @@ def _measure(
             )
         )
     return rows, [bool(blurred[client_of == index].any()) for index in range(len(group))]
+
+
+def _ridge(sigma: Tensor, settings: AuditSettings) -> Tensor:
+    """ε = σ²/τ² of each unit, unless the settings give one."""
+    assert settings.prior_std is not None
+    return (sigma / settings.prior_std) ** 2 if settings.ridge is None else torch.full_like(sigma, settings.ridge)
 
 
 def _judge(

@@ -20,12 +20,14 @@ class Perturbation:
         delta: δ `[U, P]`.
         scale: s `[U]`; where noise drowns the update, so that s is not two standard errors above zero, those two
             standard errors: the largest signal, and so the most leakage, that is compatible with what arrived.
+        scale_error: Standard error of s `[U]`: noise along u, which cannot be told from a change of scale.
         update_norm: ‖u‖ `[U]`.
         cosine: Of shared and u, `[U]`.
     """
 
     delta: Tensor
     scale: Tensor
+    scale_error: Tensor
     update_norm: Tensor
     cosine: Tensor
 
@@ -54,10 +56,10 @@ def observed_perturbation(shared: Tensor, update: Tensor) -> Perturbation:
     tiny = torch.finfo(update.dtype).tiny
     projection = inner / power.clamp(min=tiny)
     rest = torch.linalg.vector_norm(shared - projection[:, None] * update, dim=-1)
-    doubt = 2 * rest / (update.shape[-1] * power.clamp(min=tiny)).sqrt()
-    scale = torch.where(projection > doubt, projection, doubt)
-    # An update that was replaced by zeros (doubt and projection both zero) has no scale to take out.
+    error = rest / (update.shape[-1] * power.clamp(min=tiny)).sqrt()
+    scale = torch.maximum(projection, 2 * error)
+    # An update that was replaced by zeros (error and projection both zero) has no scale to take out.
     scale = torch.where((power > 0) & (scale > 0), scale, torch.ones_like(scale))
     norms = torch.linalg.vector_norm(shared, dim=-1) * power.sqrt()
     cosine = torch.where(norms > 0, inner / norms.clamp(min=tiny), torch.zeros_like(norms))
-    return Perturbation(shared / scale[:, None] - update, scale, power.sqrt(), cosine)
+    return Perturbation(shared / scale[:, None] - update, scale, error, power.sqrt(), cosine)
