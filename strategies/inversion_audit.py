@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -94,6 +95,8 @@ class InversionAudit(Strategy):
         self.strategy = strategy
         self.run_id = run_id or uuid.uuid4().hex[:12]
         self.estimates: list[LeakageEstimate] = []
+        self.result: Result | None = None
+        self._names: dict[int, str] = {}
         self._auditor = Auditor(model, loss, settings=settings, executor=executor, time_limit=time_limit)
         self._layout = ParameterLayout.of(model)
         self._ledger = None if ledger is None else Ledger(ledger)
@@ -128,7 +131,7 @@ class InversionAudit(Strategy):
     ) -> Result:
         """Runs the federation as `Strategy.start` does; prints the summary and releases the workers at its end."""
         try:
-            result = super().start(
+            self.result = super().start(
                 grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
             )
         finally:
@@ -136,19 +139,21 @@ class InversionAudit(Strategy):
         if self._unwritten:
             raise LedgerError(
                 f"{len(self._unwritten)} rows of run {self.run_id} could not be written to {self._ledger_name}; "
-                "the log has the reason, and the rows are in this strategy's `estimates`"
+                "the log has the reason; the rows are in this strategy's `estimates`, the trained model in its `result`"
             )
-        return result
+        return self.result
 
     def close(self) -> None:
         """Ends the audit's workers, writes what is left to write, and prints the summary.
 
         `start` calls it. Call it yourself where another wrapper around this one is what is started.
         """
-        self._auditor.close()
-        self._write([])
+        try:
+            self._auditor.close()
+        finally:
+            self._write([])
         if self.estimates:
-            head = self._ledger.head() if self._ledger is not None and not self._unwritten else ""
+            head = self._head()
             self._display.summary(self.estimates, ledger=self._ledger_name, run_id=self.run_id, head=head)
 
     def configure_train(
@@ -173,6 +178,7 @@ class InversionAudit(Strategy):
             self._arrays,
             self._layout.names,
             max_report_bytes=self._max_report_bytes,
+            names=self._names,
         )
         rows = [self._decide(reading) for reading in self._audit(readings)]
         self.estimates.extend(rows)
@@ -226,6 +232,15 @@ class InversionAudit(Strategy):
         else:
             self._unwritten = []
 
+    def _head(self) -> str:
+        if self._ledger is None or self._unwritten:
+            return ""
+        try:
+            return self._ledger.head()
+        except LedgerError as error:
+            log(WARNING, "the ledger's head cannot be read: %s", error)
+            return ""
+
     def _check_model(self, arrays: ArrayRecord) -> None:
         for name, shape in zip(self._layout.names, self._layout.shapes, strict=True):
             if name not in arrays:
@@ -251,7 +266,8 @@ def _with_request(message: Message) -> Message:
 
 def _with_leakage(metrics: MetricRecord | None, rows: Sequence[LeakageEstimate]) -> MetricRecord | None:
     """Adds the round's leakage to the aggregated metrics, so that it is logged and kept in the run's result."""
-    found = [row.leakage.value for row in rows if row.leakage is not None]
+    values = [row.leakage.value for row in rows if row.leakage is not None]
+    found = [value for value in values if math.isfinite(value)]
     if metrics is None or not found:
         return metrics
     return MetricRecord(

@@ -95,13 +95,16 @@ class Auditor:
         self._executor.close()
 
     def _context_for(self, tasks: Sequence[AuditTask]) -> AuditContext:
-        """Fills in the prior's scale and the data range, once, from the first round's inputs."""
+        """Fills in the prior's scale and the data range, once, from the first round's inputs.
+
+        Of what clients hand over the median counts, so that one client cannot set the scale for all.
+        """
         settings = self._context.settings
         if settings.prior_std is None or settings.data_range is None:
-            values = np.concatenate([np.asarray(task.inputs, dtype=np.float64).ravel() for task in tasks])
-            values = values[np.isfinite(values)]
-            with np.errstate(over="ignore"):
-                spread, width = (float(values.std()), float(np.ptp(values))) if values.size else (0.0, 0.0)
+            with np.errstate(over="ignore", invalid="ignore"):
+                inputs = [np.asarray(task.inputs, dtype=np.float64) for task in tasks]
+                spread = float(np.median([values.std() for values in inputs]))
+                width = float(np.median([np.ptp(values) for values in inputs]))
             settings = replace(
                 settings,
                 prior_std=settings.prior_std or _scale(spread),
@@ -115,9 +118,11 @@ class Auditor:
         groups: dict[Hashable, list[AuditTask]] = {}
         for task in tasks:
             groups.setdefault(task.group, []).append(task)
-        most = min(_CLIENTS_PER_CHUNK, -(-len(tasks) // self._executor.num_workers))
+        share = -(-len(tasks) // self._executor.num_workers)
         for group in groups.values():
-            count = -(-len(group) // most)
+            # A chunk that has begun may have to be finished: the longer the training, the fewer clients in one.
+            steps = max(1, len(group[0].trace.batches))
+            count = -(-len(group) // min(share, max(1, _CLIENTS_PER_CHUNK * 4 // max(4, steps))))
             for start in range(count):
                 yield group[start::count]
 

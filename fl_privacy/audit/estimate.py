@@ -24,7 +24,7 @@ class Status(StrEnum):
     """What became of the audit of one client in one round. Every client that was asked gets a row."""
 
     AUDITED = "audited"
-    """The estimate stands: the captured update was reproduced from the batch and every solver converged."""
+    """The estimate stands: the update was reproduced from the batch, and the leakage is known to its tolerance."""
     UNVERIFIED = "unverified"
     """The captured update could not be reproduced. No protection is credited for what is unexplained."""
     UNCONVERGED = "unconverged"

@@ -95,8 +95,8 @@ def _measure(
     shared = torch.stack([flat_update(layout, task.shared, device, dtype) for task in group])
     replay = replay_training(context, theta, group, inputs, labels, shared)
     seen = observed_perturbation(shared, replay.reference)
-    # What nothing explains is not credited: without a captured update, an unreproduced one counts as undefended.
-    credited = torch.where(replay.verified | ~replay.error.isnan(), seen.noise_std, 0.0).double()
+    # What nothing explains is not credited: an update that was not reproduced counts as undefended.
+    credited = torch.where(replay.verified, seen.noise_std, 0.0).double()
 
     examples = [_chosen_examples(task, settings) for task in group]  # equally many for each client
     units = len(examples[0])

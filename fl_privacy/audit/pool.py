@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnschedulableError, RayActorError, RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fl_privacy.audit.estimate import LeakageEstimate, Status
@@ -135,16 +135,16 @@ class RayExecutor(Executor):
                 job = running.pop(done[0])
                 try:
                     rows: list[LeakageEstimate] = ray.get(done[0])
-                except (RayActorError, ActorUnschedulableError) as error:
+                except RayTaskError as error:  # the worker lives; it is the audit that failed
+                    idle.append(job.worker)
+                    rows = _failed(job.chunk, f"{type(error.cause).__name__}: {error.cause}")
+                except RayError as error:
                     _log.warning("an audit worker died (%s); its clients are audited by another", _first_line(error))
                     idle.append(self._replace(job.worker))
                     if job.attempt < _MAX_ATTEMPTS:
                         waiting.append((job.chunk, job.attempt + 1))
                         continue
                     rows = _failed(job.chunk, f"{_MAX_ATTEMPTS} workers died while auditing it: {_first_line(error)}")
-                except RayError as error:
-                    idle.append(job.worker)
-                    rows = _failed(job.chunk, _first_line(error))
                 else:
                     idle.append(job.worker)
                 yield rows
@@ -189,11 +189,18 @@ class RayExecutor(Executor):
         Raises:
             FLPrivacyError: None did.
         """
-        devices = {worker.device.remote(): worker for worker in self._workers}
-        started, waiting = ray.wait(list(devices), num_returns=len(devices), timeout=_START_SECONDS)
-        for late in waiting:
-            self._workers.remove(devices[late])
-            _kill(devices[late])
+        replies = {worker.device.remote(): worker for worker in self._workers}
+        answered, _ = ray.wait(list(replies), num_returns=len(replies), timeout=_START_SECONDS)
+        started: dict[Any, str] = {}
+        for reply, worker in replies.items():
+            try:
+                if reply in answered:
+                    started[worker] = ray.get(reply)
+            except RayError as error:
+                _log.warning("an audit worker did not start: %s", _first_line(error))
+            if worker not in started:
+                self._workers.remove(worker)
+                _kill(worker)
         if not started and (self._options["num_gpus"] > 0 or self._options["num_cpus"] > 0):
             _log.warning(
                 "audit workers reserve nothing, and run on CPU: no node has num_gpus=%g and num_cpus=%g free for one",
@@ -201,17 +208,17 @@ class RayExecutor(Executor):
                 self._options["num_cpus"],
             )
             self._options |= {"num_gpus": 0.0, "num_cpus": 0.0}
-            self._workers = self._create_spread(len(devices))
+            self._workers = self._create_spread(len(replies))
             self._keep_started()
             return
         if not started:
             raise FLPrivacyError(
-                f"expected audit workers to start within {_START_SECONDS:g} s, none of {len(devices)} did: free "
+                f"expected audit workers to start within {_START_SECONDS:g} s, none of {len(replies)} did: free "
                 "resources of the Ray cluster, or ask for less with num_gpus and num_cpus"
             )
-        if waiting:
-            _log.warning("%d of %d audit workers started", len(started), len(devices))
-        if self._options["num_gpus"] > 0 and "cuda" not in ray.get(started):
+        if len(started) < len(replies):
+            _log.warning("%d of %d audit workers started", len(started), len(replies))
+        if self._options["num_gpus"] > 0 and "cuda" not in started.values():
             _log.warning("audit workers run on CPU: torch finds no GPU where Ray gave them num_gpus=%g", self._num_gpus)
 
     def _fit(self) -> int:

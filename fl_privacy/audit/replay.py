@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -113,8 +114,8 @@ def _update_map(
         if captured is None:
             return gradient
         stepped = UpdateJacobian(gradient, theta, inputs, labels).update()
-        length = torch.linalg.vector_norm(captured) / torch.linalg.vector_norm(stepped)
-        return local_training(lr=float(length), steps=1)
+        length = float(torch.linalg.vector_norm(captured) / torch.linalg.vector_norm(stepped))
+        return local_training(lr=length if math.isfinite(length) else 1.0, steps=1)
     everything = tuple(range(len(task.inputs)))
     return local_training(
         lr=trace.lr,
@@ -129,7 +130,8 @@ def _update_map(
 def to_tensor(array: Array, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Returns an array on a device, floating-point values in the given type."""
     tensor = torch.from_numpy(np.array(array))  # a copy: what Ray hands out is read-only
-    return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+    # Losses take class indices of no other integer type.
+    return tensor.to(device, dtype if tensor.is_floating_point() else torch.int64)
 
 
 def flat_update(

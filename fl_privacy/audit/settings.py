@@ -21,8 +21,8 @@ class AuditSettings:
         unit: `example`: one example is private and the attacker knows the rest of the batch. `batch`: all of it is.
         target_leakage: The leakage that `required_noise_std` is computed for, in (0, 1).
         prior_std: τ, standard deviation per element of what an attacker believes of an input before he sees the update.
-            `None`: that of all elements of the round's handed-over inputs.
-        data_range: Range of the input's values, for PSNR. `None`: that of the round's handed-over inputs.
+            `None`: the median over clients of that of the inputs they hand over in the first audited round.
+        data_range: Range of the input's values, for PSNR. `None`: likewise.
         ridge: ε, to reproduce the paper (which uses 1). `None`: σ²/τ², which is what gets the error right.
         max_examples: Most examples audited per client and round, for unit `example`; chosen at random.
         num_probes: Probes per unit, where the eigenvalues are not computed exactly.

@@ -63,7 +63,21 @@ def influence(
     """
     check_effort(rtol=rtol, max_steps=max_steps)
     epsilon = per_unit(ridge, "ridge", num_units=jacobian.num_units, device=jacobian.device)
-    target = _pulled_back(jacobian, perturbation)
+    _check_perturbation(jacobian, perturbation)
+    parts = [
+        _solve(chunk, perturbation[units], epsilon[units], rtol, max_steps)
+        for chunk, units in jacobian.chunks(_basis_bytes(jacobian, max_steps))
+    ]
+    return Influence(
+        torch.cat([part.shift for part in parts]),
+        torch.cat([part.residual for part in parts]),
+        torch.cat([part.converged for part in parts]),
+        torch.cat([part.products for part in parts]),
+    )
+
+
+def _solve(jacobian: UpdateJacobian, perturbation: Tensor, epsilon: Tensor, rtol: float, max_steps: int) -> Influence:
+    target = jacobian.vjp(perturbation)
     lanczos = Lanczos(jacobian, target, max_steps=max_steps)
     beta_one = lanczos.start_norm.double()
 
@@ -109,7 +123,17 @@ def influence_lower_bound(
         NotTwiceDifferentiableError: From the Jacobian.
     """
     check_effort(rtol=rtol, max_steps=max_steps)
-    target = _pulled_back(jacobian, perturbation)
+    _check_perturbation(jacobian, perturbation)
+    return torch.cat(
+        [
+            _bound(chunk, perturbation[units], rtol, max_steps)
+            for chunk, units in jacobian.chunks(_basis_bytes(jacobian, max_steps))
+        ]
+    )
+
+
+def _bound(jacobian: UpdateJacobian, perturbation: Tensor, rtol: float, max_steps: int) -> Tensor:
+    target = jacobian.vjp(perturbation)
     # Jᵀδ leans to the large eigenvalues already; a random part makes sure that none is missed.
     generator = torch.Generator().manual_seed(0)
     random = torch.randn(jacobian.input_dim, generator=generator, dtype=torch.float64).to(target)
@@ -146,8 +170,12 @@ def _largest_ritz(lanczos: Lanczos) -> tuple[Tensor, Tensor]:
     return values[:, -1], torch.minimum(residual, residual**2 / gap)
 
 
-def _pulled_back(jacobian: UpdateJacobian, perturbation: Tensor) -> Tensor:
-    """Returns Jᵀδ `[U, D]` of a checked perturbation."""
+def _basis_bytes(jacobian: UpdateJacobian, max_steps: int) -> int:
+    """Bytes of one unit's Krylov basis."""
+    return (min(max_steps, jacobian.input_dim) + 1) * jacobian.input_dim * jacobian.dtype.itemsize
+
+
+def _check_perturbation(jacobian: UpdateJacobian, perturbation: Tensor) -> None:
     expected = (jacobian.num_units, jacobian.update_dim)
     if perturbation.shape != expected:
         raise InvalidInputError(
@@ -160,4 +188,3 @@ def _pulled_back(jacobian: UpdateJacobian, perturbation: Tensor) -> Tensor:
             "expected a finite perturbation, got NaN or infinity in "
             f"units {(~finite).nonzero().squeeze(-1).tolist()[:5]}: check what was shared"
         )
-    return jacobian.vjp(perturbation)

@@ -183,6 +183,19 @@ class UpdateJacobian:
             self._lane_bytes = max(1, graph * self._update.num_graphs + vectors)
         return self._lane_bytes
 
+    def chunks(self, bytes_per_unit: int) -> Iterator[tuple[UpdateJacobian, Tensor]]:
+        """Yields units that fit into one pass, and into the budget with vectors of the given size for each.
+
+        With the Jacobian of each chunk come the indices of its units; a single chunk is this Jacobian itself.
+        """
+        units = torch.arange(self.num_units, device=self.device)
+        fitting = 1 if self.num_units == 1 else min(self.lanes_per_pass, self._memory_budget // bytes_per_unit)
+        if self.num_units <= fitting:
+            yield self, units
+            return
+        for chunk in torch.split(units, max(1, fitting)):
+            yield self.select(chunk), chunk
+
     @property
     def lanes_per_pass(self) -> int:
         """Number of units that one vectorised pass takes within the memory budget, at least one."""
@@ -318,18 +331,16 @@ def _check_arguments(
 
 
 def _check_labels(update: UpdateMap, params: Mapping[str, Tensor], inputs: Tensor, labels: Tensor) -> None:
-    if labels.is_floating_point():
-        if not torch.isfinite(labels).all():
-            raise InvalidInputError("expected finite labels, got NaN or infinity")
-        return
+    if labels.is_floating_point() and not torch.isfinite(labels).all():
+        raise InvalidInputError("expected finite labels, got NaN or infinity")
     outputs = update.outputs(params, inputs)
-    if outputs.ndim != labels.ndim:  # class indices [U, N, ...] go with scores [N, C, ...]
-        return
-    ignored = getattr(update.loss, "ignore_index", None)
-    wrong = (labels < 0) | (labels >= outputs.shape[1])
-    wrong &= labels != ignored if ignored is not None else torch.ones_like(wrong)
-    if wrong.any():
-        raise InvalidInputError(
-            f"expected labels in [0, {outputs.shape[1]}), the model's number of classes, "
-            f"got {sorted(set(labels[wrong].tolist()))[:5]}"
-        )
+    if not labels.is_floating_point() and outputs.ndim == labels.ndim:  # indices [U, N, ...], scores [N, C, ...]
+        ignored = getattr(update.loss, "ignore_index", None)
+        wrong = (labels < 0) | (labels >= outputs.shape[1])
+        wrong &= labels != ignored if ignored is not None else torch.ones_like(wrong)
+        if wrong.any():
+            raise InvalidInputError(
+                f"expected labels in [0, {outputs.shape[1]}), the model's number of classes, "
+                f"got {sorted(set(labels[wrong].tolist()))[:5]}"
+            )
+    update.check_runs(params, inputs, labels[0])

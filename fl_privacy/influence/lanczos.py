@@ -76,7 +76,8 @@ class Lanczos:
 
     def _step(self, k: int, going: Tensor) -> None:
         units = self._units
-        past = self.basis[: k + 1, units]
+        everything = len(units) == self.basis.shape[1]  # an index would copy the whole basis
+        past = self.basis[: k + 1] if everything else self.basis[: k + 1, units]
         r = self._operator.gram(past[k])
         alpha = (past[k].double() * r.double()).sum(-1)
         for _ in range(2):

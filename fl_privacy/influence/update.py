@@ -6,9 +6,10 @@ u(x + a) = u(x) + J·a. All of it is built from products with the Hessian of one
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -120,9 +121,15 @@ class UpdateMap(ABC):
             alone = torch.stack([loss(trained, inputs[i : i + 1], labels[i : i + 1]) for i in range(len(inputs))])
             return loss(trained, inputs, labels), alone
 
+    def check_runs(self, params: Mapping[str, Tensor], inputs: Tensor, labels: Tensor) -> None:
+        """Raises InvalidInputError where model and loss cannot be run on inputs `[N, *shape]` and labels `[N, ...]`."""
+        trained = {name: params[name] for name in self.layout.names}
+        with torch.no_grad(), audit_mode(self.model, batch_norm=self.batch_norm), _named_failure(inputs, labels):
+            self._lane_loss(params, inputs)(trained, inputs, labels)
+
     def outputs(self, params: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         """Returns the model's outputs for inputs `[N, *shape]`, in audit mode and without a graph."""
-        with torch.no_grad(), audit_mode(self.model, batch_norm=self.batch_norm):
+        with torch.no_grad(), audit_mode(self.model, batch_norm=self.batch_norm), _named_failure(inputs):
             constants = self._constants(params, inputs)
             return self._forward({name: params[name] for name in self.layout.names}, constants, inputs)
 
@@ -154,10 +161,10 @@ class UpdateMap(ABC):
 
         def loss(trained: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
             value = self.loss(self._forward(trained, constants, inputs), labels)
-            if value.ndim:
+            if not isinstance(value, Tensor) or value.ndim:
                 raise InvalidInputError(
-                    f"expected a loss that returns one number, the mean over the batch, got shape {tuple(value.shape)}:"
-                    " use reduction='mean'"
+                    "expected a loss that returns one number as a tensor, the mean over the batch, got "
+                    f"{list(value.shape) if isinstance(value, Tensor) else type(value).__name__}: use reduction='mean'"
                 )
             return value
 
@@ -216,3 +223,17 @@ class _GradientLinearization(Linearization):
 
     def gram(self, inputs_dot: Tensor) -> Tensor:
         return self._curvature().gram(inputs_dot)
+
+
+@contextlib.contextmanager
+def _named_failure(*tensors: Tensor) -> Iterator[None]:
+    """Turns whatever a model or a loss raises on tensors that it cannot take into an error that names them."""
+    try:
+        yield
+    except (InvalidInputError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        given = " and ".join(f"{list(tensor.shape)} of {tensor.dtype}" for tensor in tensors)
+        raise InvalidInputError(
+            f"expected inputs and labels that the model and the loss can take, got {given}: {error}"
+        ) from error

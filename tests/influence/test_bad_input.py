@@ -233,6 +233,15 @@ def test_a_model_that_trains_nothing_is_refused() -> None:
 
 
 def test_a_loss_per_example_is_refused() -> None:
-    jacobian = build(update=GradientUpdate(nn.Linear(WIDTH, CLASSES), nn.CrossEntropyLoss(reduction="none")))
-    with refused("one number|(3,)|reduction='mean'"):
-        jacobian.update()
+    with refused("one number|[3]|reduction='mean'"):
+        build(update=GradientUpdate(nn.Linear(WIDTH, CLASSES), nn.CrossEntropyLoss(reduction="none")))
+
+
+def test_a_loss_that_is_no_tensor_is_refused() -> None:
+    with refused("one number as a tensor|float"):
+        build(update=GradientUpdate(nn.Linear(WIDTH, CLASSES), lambda outputs, labels: 1.0))  # type: ignore[arg-type, return-value]
+
+
+def test_inputs_that_the_model_cannot_take_are_named() -> None:
+    with refused("the model and the loss can take|[3, 2]"):
+        build(inputs=torch.zeros(2, 3, 2))
