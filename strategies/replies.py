@@ -116,10 +116,9 @@ def _read(
         reading.row = _changed(reading.row, status=Status.REFUSED, detail=detail)
         return reading
     try:
-        if report.captured is not None and not set(trained) <= set(report.captured):
-            # The client could not tell its parameters apart: its update must then be reproduced from the batch alone.
-            report = replace(report, captured=None)
-        _check_captured(report, expected, trained)
+        # A client that could not tell its parameters apart: its update must then be reproduced from the batch alone.
+        captured = report.captured if set(trained) <= set(report.captured or {}) else None
+        _check_captured(captured, expected, trained)
         reading.task = AuditTask(
             server_round=server_round,
             client=reading.row.client,
@@ -128,7 +127,7 @@ def _read(
             inputs=report.inputs,
             labels=report.labels,
             trace=report.trace,
-            captured=report.captured,
+            captured=captured,
             defence=report.defence,
             num_examples=reading.row.num_examples,
             source=Source.TRUSTED,
@@ -172,11 +171,13 @@ def _update(reply: Message, expected: Mapping[str, Array], trained: Sequence[str
     return update
 
 
-def _check_captured(report: ClientReport, expected: Mapping[str, Array], trained: Sequence[str]) -> None:
-    if report.captured is None:
+def _check_captured(
+    captured: Mapping[str, Array] | None, expected: Mapping[str, Array], trained: Sequence[str]
+) -> None:
+    if captured is None:
         return
     for name in trained:
-        array = report.captured[name]
+        array = captured[name]
         if array.shape != expected[name].shape or not np.issubdtype(array.dtype, np.floating):
             raise RecordError(
                 f"expected a captured update of floats {list(expected[name].shape)} for {name}, "
