@@ -343,4 +343,4 @@ def _check_labels(update: UpdateMap, params: Mapping[str, Tensor], inputs: Tenso
                 f"expected labels in [0, {outputs.shape[1]}), the model's number of classes, "
                 f"got {sorted(set(labels[wrong].tolist()))[:5]}"
             )
-    update.check_runs(params, inputs, labels[0])
+    update.check_loss(outputs, labels[0])

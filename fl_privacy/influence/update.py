@@ -121,11 +121,10 @@ class UpdateMap(ABC):
             alone = torch.stack([loss(trained, inputs[i : i + 1], labels[i : i + 1]) for i in range(len(inputs))])
             return loss(trained, inputs, labels), alone
 
-    def check_runs(self, params: Mapping[str, Tensor], inputs: Tensor, labels: Tensor) -> None:
-        """Raises InvalidInputError where model and loss cannot be run on inputs `[N, *shape]` and labels `[N, ...]`."""
-        trained = {name: params[name] for name in self.layout.names}
-        with torch.no_grad(), audit_mode(self.model, batch_norm=self.batch_norm), _named_failure(inputs, labels):
-            self._lane_loss(params, inputs)(trained, inputs, labels)
+    def check_loss(self, outputs: Tensor, labels: Tensor) -> None:
+        """Raises InvalidInputError where the loss cannot be computed from outputs and labels, both `[N, ...]`."""
+        with torch.no_grad(), _named_failure(outputs, labels):
+            _checked(self.loss(outputs, labels))
 
     def outputs(self, params: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         """Returns the model's outputs for inputs `[N, *shape]`, in audit mode and without a graph."""
@@ -160,13 +159,7 @@ class UpdateMap(ABC):
         constants = self._constants(params, like)
 
         def loss(trained: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
-            value = self.loss(self._forward(trained, constants, inputs), labels)
-            if not isinstance(value, Tensor) or value.ndim:
-                raise InvalidInputError(
-                    "expected a loss that returns one number as a tensor, the mean over the batch, got "
-                    f"{list(value.shape) if isinstance(value, Tensor) else type(value).__name__}: use reduction='mean'"
-                )
-            return value
+            return _checked(self.loss(self._forward(trained, constants, inputs), labels))
 
         return loss
 
@@ -223,6 +216,15 @@ class _GradientLinearization(Linearization):
 
     def gram(self, inputs_dot: Tensor) -> Tensor:
         return self._curvature().gram(inputs_dot)
+
+
+def _checked(loss: object) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.ndim:
+        raise InvalidInputError(
+            "expected a loss that returns one number as a tensor, the mean over the batch, got "
+            f"{list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__}: use reduction='mean'"
+        )
+    return loss
 
 
 @contextlib.contextmanager
