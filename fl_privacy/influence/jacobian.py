@@ -183,13 +183,16 @@ class UpdateJacobian:
             self._lane_bytes = max(1, graph * self._update.num_graphs + vectors)
         return self._lane_bytes
 
-    def chunks(self, bytes_per_unit: int) -> Iterator[tuple[UpdateJacobian, Tensor]]:
-        """Yields units that fit into one pass, and into the budget with vectors of the given size for each.
+    def chunks(self, bytes_per_lane: int, *, lanes_per_unit: int = 1) -> Iterator[tuple[UpdateJacobian, Tensor]]:
+        """Yields units that fit into one pass, and into the budget with vectors of the given size for each lane.
 
         With the Jacobian of each chunk come the indices of its units; a single chunk is this Jacobian itself.
         """
         units = torch.arange(self.num_units, device=self.device)
-        fitting = 1 if self.num_units == 1 else min(self.lanes_per_pass, self._memory_budget // bytes_per_unit)
+        if self.num_units == 1:  # nothing to cut, so nothing to measure
+            yield self, units
+            return
+        fitting = min(self.lanes_per_pass, self._memory_budget // bytes_per_lane) // lanes_per_unit
         if self.num_units <= fitting:
             yield self, units
             return

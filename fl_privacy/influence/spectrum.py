@@ -210,11 +210,9 @@ def estimate_spectrum(
         return _exact_spectrum(jacobian)
     # As many units at once as fit with their probes: the graphs of a pass, and the Krylov bases.
     basis_bytes = (max_steps + 1) * jacobian.input_dim * jacobian.dtype.itemsize
-    lanes = min(jacobian.lanes_per_pass, jacobian.memory_budget // basis_bytes)
-    at_once = max(1, lanes // num_probes)
     parts = [
-        _sampled_spectrum(jacobian.select(units), num_probes, rtol, max_steps, seed, floor[units])
-        for units in torch.split(torch.arange(jacobian.num_units, device=jacobian.device), at_once)
+        _sampled_spectrum(chunk, num_probes, rtol, max_steps, seed, floor[units])
+        for chunk, units in jacobian.chunks(basis_bytes, lanes_per_unit=num_probes)
     ]
     return _joined(parts)
 
