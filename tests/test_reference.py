@@ -186,15 +186,9 @@ def test_real_mnist(tmp_path):
     assert data.train.pixels.dtype == torch.uint8
 
 
-def test_real_cifar10(monkeypatch):
+def test_a_part_of_cifar10_is_read_as_it_is():
     if not (REAL_DATA / "cifar-10-batches-py").is_dir():
         pytest.skip(f"no CIFAR-10 in {REAL_DATA}")
-    from torchvision.datasets import CIFAR10
-
-    # one batch of each part is enough; the checksums in torchvision are those of the full download
-    monkeypatch.setattr(CIFAR10, "train_list", [["data_batch_1", None]])
-    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", None]])
-    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": None})
     data = load_dataset("cifar10", root=REAL_DATA)
     assert data.input_shape == (3, 32, 32)
     assert (len(data.train), len(data.test)) == (10_000, 10_000)
