@@ -12,6 +12,7 @@ from fl_privacy.audit.estimate import LeakageEstimate, Source, Status
 from fl_privacy.audit.task import Array, AuditTask
 from fl_privacy.errors import FLPrivacyError, RecordError
 from fl_privacy.flower.records import REPORT_KEY, ClientReport, decode_report
+from fl_privacy.flower.updates import UnusableUpdateError, shared_update
 
 
 @dataclass(eq=False)
@@ -105,8 +106,8 @@ def _read(
     if report is not None:
         reading.row = _changed(reading.row, client=report.client or row.client, defence=report.defence)
     try:
-        shared = _update(reply, expected, trained)
-    except _UnusableUpdateError as error:
+        shared = shared_update(reply.content, expected, trained)
+    except UnusableUpdateError as error:
         _reject(reading, Status.INVALID_UPDATE, str(error))
         return reading
     if report is None:
@@ -135,40 +136,6 @@ def _read(
     except FLPrivacyError as error:
         reading.row = _changed(reading.row, status=Status.INVALID_REPORT, detail=str(error))
     return reading
-
-
-class _UnusableUpdateError(Exception):
-    """An update that the inner strategy cannot average; the message says what is wrong with it."""
-
-
-def _update(reply: Message, expected: Mapping[str, Array], trained: Sequence[str]) -> dict[str, Array]:
-    """Returns shared minus global parameters by name, from a reply whose arrays fit those that were sent."""
-    records = list(reply.content.array_records.values())
-    if len(records) != 1:
-        raise _UnusableUpdateError(f"expected one ArrayRecord in the reply, got {len(records)}")
-    record = records[0]
-    if set(record) != set(expected):
-        odd = sorted(set(record) ^ set(expected))[:3]
-        raise _UnusableUpdateError(f"expected the arrays that were sent, got others or not all: {', '.join(odd)}")
-    update: dict[str, Array] = {}
-    for name, known in expected.items():
-        try:
-            array = record[name].numpy()
-        except Exception as error:  # whatever a client's bytes can provoke
-            raise _UnusableUpdateError(f"array {name} cannot be read: {error}") from error
-        if array.shape != known.shape:
-            raise _UnusableUpdateError(f"expected {name} of shape {list(known.shape)}, got {list(array.shape)}")
-        if array.dtype.kind not in "biuf":
-            raise _UnusableUpdateError(f"expected real numbers in {name}, got {array.dtype}")
-        with np.errstate(over="ignore"):
-            finite = bool(np.isfinite(array).all()) and bool(np.isfinite(array.astype(known.dtype)).all())
-        if not finite:
-            raise _UnusableUpdateError(f"NaN or infinity in {name}, read as {known.dtype}")
-        if name in trained:
-            if not np.issubdtype(array.dtype, np.floating):
-                raise _UnusableUpdateError(f"expected floating-point values in {name}, got {array.dtype}")
-            update[name] = np.subtract(array, known, dtype=known.dtype)
-    return update
 
 
 def _check_captured(

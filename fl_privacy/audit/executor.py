@@ -45,7 +45,7 @@ class Executor(ABC):
 class SerialExecutor(Executor):
     """Runs audits one after the other in the calling process.
 
-    A chunk that has begun is finished: the time limit is looked at between chunks.
+    The time limit is looked at before each product with a Jacobian.
 
     Args:
         device: A torch device name.
@@ -71,4 +71,4 @@ class SerialExecutor(Executor):
         for chunk in chunks:
             if time.monotonic() >= deadline:
                 return
-            yield audit_tasks(context, params, chunk, device=self._device)
+            yield audit_tasks(context, params, chunk, device=self._device, deadline=deadline)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 import zlib
@@ -27,8 +28,17 @@ _WIDE = 0.05
 """Width of a leakage interval beyond which limited precision sends an audit from float32 to float64."""
 
 
+class _DeadlineError(Exception):
+    """The time is up."""
+
+
 def audit_tasks(
-    context: AuditContext, params: Mapping[str, Array], tasks: Sequence[AuditTask], *, device: str = "cpu"
+    context: AuditContext,
+    params: Mapping[str, Array],
+    tasks: Sequence[AuditTask],
+    *,
+    device: str = "cpu",
+    deadline: float = math.inf,
 ) -> list[LeakageEstimate]:
     """Returns one row per task, in order. Tasks of one group share a pass; a task that cannot be audited fails alone.
 
@@ -37,6 +47,8 @@ def audit_tasks(
         params: Global parameters of the round by name.
         tasks: What is known of each client.
         device: Where to compute, a torch device name.
+        deadline: `time.monotonic()` at which to stop, looked at before each product with J; what is not done by then
+            gets a row that says so.
     """
     groups: dict[Hashable, list[int]] = {}
     for index, task in enumerate(tasks):
@@ -44,35 +56,43 @@ def audit_tasks(
     rows: dict[int, LeakageEstimate] = {}
     for indices in groups.values():
         group = [tasks[i] for i in indices]
-        rows.update(zip(indices, _audit_or_fail(context, params, group, device), strict=True))
+        rows.update(zip(indices, _audit_or_fail(context, params, group, device, deadline), strict=True))
     return [rows[i] for i in range(len(tasks))]
 
 
 def _audit_or_fail(
-    context: AuditContext, params: Mapping[str, Array], group: Sequence[AuditTask], device: str
+    context: AuditContext, params: Mapping[str, Array], group: Sequence[AuditTask], device: str, deadline: float
 ) -> list[LeakageEstimate]:
     try:
-        return _audit_group(context, params, group, device)
+        return _audit_group(context, params, group, device, deadline)
+    except _DeadlineError:
+        return [_without_estimate(context, task, Status.LATE, "not audited within the time limit") for task in group]
     except Exception as error:  # a privacy audit must not end a training run: the row says what went wrong
         if len(group) > 1:
-            return [row for task in group for row in _audit_or_fail(context, params, [task], device)]
+            return [row for task in group for row in _audit_or_fail(context, params, [task], device, deadline)]
         detail = f"{type(error).__name__}: {error}"
-        row = group[0].row(Status.AUDIT_FAILED, detail=detail)
-        return [replace(row, settings=context.settings.to_dict(), versions=context.versions)]
+        return [_without_estimate(context, group[0], Status.AUDIT_FAILED, detail)]
+
+
+def _without_estimate(context: AuditContext, task: AuditTask, status: Status, detail: str) -> LeakageEstimate:
+    row = task.row(status, detail=detail)
+    return replace(row, settings=context.settings.to_dict(), versions=context.versions)
 
 
 def _audit_group(
-    context: AuditContext, params: Mapping[str, Array], group: Sequence[AuditTask], device: str
+    context: AuditContext, params: Mapping[str, Array], group: Sequence[AuditTask], device: str, deadline: float
 ) -> list[LeakageEstimate]:
     settings = context.settings
     started = time.perf_counter()
     dtype = torch.float64 if settings.precision == "float64" else torch.float32
-    rows, blurred = _measure(context, params, group, torch.device(device), dtype)
+    rows, blurred = _measure(context, params, group, torch.device(device), dtype, deadline)
     again = [i for i, blur in enumerate(blurred) if blur and settings.precision == "auto"]
     if again:
-        sharper, _ = _measure(context, params, [group[i] for i in again], torch.device(device), torch.float64)
-        for i, row in zip(again, sharper, strict=True):
-            rows[i] = row
+        with contextlib.suppress(_DeadlineError):  # a wide interval in time beats none
+            chosen = [group[i] for i in again]
+            sharper, _ = _measure(context, params, chosen, torch.device(device), torch.float64, deadline)
+            for i, row in zip(again, sharper, strict=True):
+                rows[i] = row
     seconds = (time.perf_counter() - started) / len(group)
     return [replace(row, seconds=seconds, settings=settings.to_dict(), versions=context.versions) for row in rows]
 
@@ -83,6 +103,7 @@ def _measure(
     group: Sequence[AuditTask],
     device: torch.device,
     dtype: torch.dtype,
+    deadline: float,
 ) -> tuple[list[LeakageEstimate], list[bool]]:
     """Returns a row per task, and for each whether precision, not budget, limits what is known."""
     settings = context.settings
@@ -93,6 +114,7 @@ def _measure(
     inputs = torch.stack([to_tensor(task.inputs, device, dtype) for task in group])
     labels = torch.stack([to_tensor(task.labels, device, dtype) for task in group])
     shared = torch.stack([flat_update(layout, task.shared, device, dtype) for task in group])
+    _check_time(deadline)
     replay = replay_training(context, theta, group, inputs, labels, shared)
     seen = observed_perturbation(shared, replay.reference)
     # What nothing explains is not credited: an update that was not reproduced counts as undefended.
@@ -109,6 +131,7 @@ def _measure(
         labels[client_of],
         private=private,
         memory_budget=settings.memory_budget,
+        before_pass=lambda: _check_time(deadline),
     )
     spectrum = estimate_spectrum(
         jacobian,
@@ -182,6 +205,11 @@ def _measure(
             )
         )
     return rows, [bool(blurred[client_of == index].any()) for index in range(len(group))]
+
+
+def _check_time(deadline: float) -> None:
+    if time.monotonic() >= deadline:
+        raise _DeadlineError
 
 
 def _ridge(sigma: Tensor, settings: AuditSettings) -> Tensor:

@@ -38,6 +38,8 @@ class UpdateJacobian:
             batch is private (D = N·d). Where examples do not interact, only the private one is run, scaled by 1/N.
         memory_budget: Bytes of graph that one pass over units may keep. Units are cut into chunks that
             fit; a unit that does not fit alone is run alone, its graphs rebuilt for every product.
+        before_pass: Called before each pass of a product over units; what it raises ends the product, and with it
+            whatever asked for it: a time limit's place to stop.
 
     Raises:
         InvalidInputError: Wrong shapes, dtypes or devices, labels out of range, NaN or infinity, an empty batch.
@@ -53,6 +55,7 @@ class UpdateJacobian:
         *,
         private: Tensor | None = None,
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
+        before_pass: Callable[[], None] | None = None,
     ) -> None:
         _check_arguments(update, params, inputs, labels, private, memory_budget)
         self._update = update
@@ -60,6 +63,7 @@ class UpdateJacobian:
         self._theta = update.layout.flatten(params)
         self._batch = (inputs.detach(), labels)
         self._memory_budget = memory_budget
+        self._before_pass = before_pass
         self._private = private
         self._scale = 1.0
         self._inputs, self._labels = self._batch
@@ -161,6 +165,7 @@ class UpdateJacobian:
             labels.to(dtype) if labels.is_floating_point() else labels,
             private=self._private,
             memory_budget=self._memory_budget,
+            before_pass=self._before_pass,
         )
 
     @property
@@ -224,6 +229,8 @@ class UpdateJacobian:
         size = 1 if alone else self.lanes_per_pass
         keep = alone or self.num_units <= size or self.num_units * self.lane_bytes <= self._memory_budget
         for start in range(0, self.num_units, size):
+            if self._before_pass is not None:
+                self._before_pass()
             lanes = slice(start, min(start + size, self.num_units))
             linearization = self._kept.get(start)
             if linearization is None:

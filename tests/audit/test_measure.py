@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import nn
 from torch.func import functional_call, grad, jacrev
 
 from fl_privacy import LocalTrainingUpdate, UpdateJacobian, influence, influence_lower_bound
-from fl_privacy.audit import Source, Status, TrainingTrace
+from fl_privacy.audit import Source, Status, TrainingTrace, measure
 from fl_privacy.audit.measure import audit_tasks
 
 from .cases import (
@@ -384,3 +385,36 @@ class TestChoiceOfExamples:
     def test_all_are_taken_where_there_are_few(self):
         row = audit_one(new_model(), new_task(new_model(), count=3), max_examples=8)
         assert row.units_audited == 3
+
+
+class TestDeadline:
+    """The clock ticks once each time it is looked at: before each product, never by the wall."""
+
+    def audited(self, monkeypatch, deadline, **settings):
+        model, clock = new_model(), itertools.count(1)
+        monkeypatch.setattr(measure.time, "monotonic", lambda: next(clock))
+        tasks = [new_task(model, client=client, count=2) for client in range(2)]
+        rows = audit_tasks(new_context(model, **settings), params_of(model), tasks, deadline=deadline)
+        return rows, next(clock) - 1
+
+    def test_it_stops_before_the_product_that_would_be_late(self, monkeypatch):
+        rows, looked = self.audited(monkeypatch, 5)
+        assert [(row.status, row.detail, row.leakage) for row in rows] == [
+            (Status.LATE, "not audited within the time limit", None)
+        ] * 2
+        assert looked == 5
+
+    def test_a_deadline_that_is_kept_changes_nothing(self, monkeypatch):
+        rows, looked = self.audited(monkeypatch, 10**6)
+        assert {row.status for row in rows} == {Status.AUDITED}
+        assert looked > 5
+
+    def test_what_float32_knew_is_kept_where_float64_would_be_late(self, monkeypatch):
+        monkeypatch.setattr(measure, "_WIDE", -1.0)  # float32 is never good enough at this ridge
+        defaults = {"precision": "auto", "ridge": 1e-30}
+        _, in_float32 = self.audited(monkeypatch, 10**6, **{**defaults, "precision": "float32"})
+        _, in_both = self.audited(monkeypatch, 10**6, **defaults)
+        assert in_both > in_float32
+        rows, _ = self.audited(monkeypatch, in_float32 + 2, **defaults)
+        assert {row.dtype for row in rows} == {"float32"}
+        assert all(row.leakage is not None for row in rows)

@@ -1,0 +1,58 @@
+"""The update that a reply shares: its arrays minus those that were sent, once they are seen to fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from flwr.app import RecordDict
+
+from fl_privacy.audit.task import Array
+
+
+class UnusableUpdateError(Exception):
+    """An update that cannot be averaged with others; the message says what is wrong with it."""
+
+
+def shared_update(content: RecordDict, expected: Mapping[str, Array], trained: Sequence[str]) -> dict[str, Array]:
+    """Returns shared minus global parameters by name, from a reply whose arrays fit those that were sent.
+
+    Args:
+        content: The reply's content.
+        expected: The arrays that were sent.
+        trained: Names of the trained parameters; the others are checked, and not part of the update.
+
+    Raises:
+        UnusableUpdateError: The arrays have other names, shapes or types than those sent, or hold NaN or infinity.
+    """
+    records = list(content.array_records.values())
+    if len(records) != 1:
+        raise UnusableUpdateError(f"expected one ArrayRecord in the reply, got {len(records)}")
+    record = records[0]
+    if set(record) != set(expected):
+        odd = sorted(set(record) ^ set(expected))[:3]
+        raise UnusableUpdateError(f"expected the arrays that were sent, got others or not all: {', '.join(odd)}")
+    update: dict[str, Array] = {}
+    for name, known in expected.items():
+        try:
+            array = record[name].numpy()
+        except Exception as error:  # whatever a client's bytes can provoke
+            raise UnusableUpdateError(f"array {name} cannot be read: {error}") from error
+        if array.shape != known.shape:
+            raise UnusableUpdateError(f"expected {name} of shape {list(known.shape)}, got {list(array.shape)}")
+        if array.dtype.kind not in "biuf":
+            raise UnusableUpdateError(f"expected real numbers in {name}, got {array.dtype}")
+        with np.errstate(over="ignore"):
+            finite = bool(np.isfinite(array).all()) and bool(np.isfinite(array.astype(known.dtype)).all())
+        if not finite:
+            raise UnusableUpdateError(f"NaN or infinity in {name}, read as {known.dtype}")
+        if name in trained:
+            if not np.issubdtype(array.dtype, np.floating):
+                raise UnusableUpdateError(f"expected floating-point values in {name}, got {array.dtype}")
+            update[name] = np.subtract(array, known, dtype=known.dtype)
+    return update
+
+
+def update_norm(update: Mapping[str, Array]) -> float:
+    """Returns ‖u‖ over all parameters of an update."""
+    return float(np.sqrt(sum(float(np.square(array, dtype=np.float64).sum()) for array in update.values())))
