@@ -64,10 +64,20 @@ def test_resnet18_keeps_small_images_large():
     assert model.layer1(model.maxpool(model.conv1(torch.rand(1, 3, 32, 32)))).shape == (1, 64, 32, 32)
 
 
+def test_resnet8_is_the_small_one_of_its_family():
+    model = build_model("resnet8", input_shape=(3, 32, 32), num_classes=10)
+    assert sum(isinstance(layer, nn.Conv2d) for layer in model.modules()) == 1 + 3 * 2 + 2  # two of them projections
+    assert sum(isinstance(layer, nn.BatchNorm2d) for layer in model.modules()) == 9
+    assert model[:6](torch.rand(1, 3, 32, 32)).shape == (1, 64, 8, 8)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "lenett"}, "unknown model 'lenett': expected one of digitsnet, lenet, mlp, resnet18, vit"),
+        (
+            {"name": "lenett"},
+            "unknown model 'lenett': expected one of digitsnet, lenet, linear, mlp, resnet18, resnet8, vit",
+        ),
         ({"input_shape": (8, 8)}, r"\(C, H, W\), got \(8, 8\)"),
         ({"num_classes": 1}, "at least 2, got 1"),
     ],

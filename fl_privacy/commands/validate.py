@@ -22,7 +22,7 @@ UNUSABLE = 2
 def validate(
     dataset: Annotated[str, typer.Option(help="digits, mnist, fashion-mnist, cifar10 or folder.")] = "digits",
     data_root: Annotated[str, typer.Option(help="Where the data set's files are.")] = "data",
-    model: Annotated[str, typer.Option(help="lenet, digitsnet, mlp, resnet18 or vit.")] = "lenet",
+    model: Annotated[str, typer.Option(help="linear, mlp, lenet, digitsnet, resnet8, resnet18 or vit.")] = "lenet",
     initialization: Annotated[
         str, typer.Option(help="uniform: U(-0.5, 0.5), as in the paper; default: the model's own.")
     ] = "uniform",

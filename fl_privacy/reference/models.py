@@ -1,7 +1,7 @@
 """Small image classifiers by name, for simulations, studies and tests.
 
-Every model maps images `[N, C, H, W]` to logits `[N, num_classes]`. All are smooth in their input except `resnet18`,
-whose ReLUs have kinks: its derivatives exist almost everywhere.
+Every model maps images `[N, C, H, W]` to logits `[N, num_classes]`. All are smooth in their input except `resnet8` and
+`resnet18`, whose ReLUs have kinks: their derivatives exist almost everywhere.
 """
 
 from __future__ import annotations
@@ -75,6 +75,11 @@ def digitsnet(input_shape: InputShape, num_classes: int) -> nn.Module:
     )
 
 
+def linear(input_shape: InputShape, num_classes: int) -> nn.Module:
+    """Returns softmax regression: one linear layer, which writes its input into its own gradient."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(input_shape), num_classes))
+
+
 def mlp(input_shape: InputShape, num_classes: int) -> nn.Module:
     """Returns a perceptron with two hidden GELU layers of 128 units."""
     width = 128
@@ -86,6 +91,28 @@ def mlp(input_shape: InputShape, num_classes: int) -> nn.Module:
         nn.GELU(),
         nn.Linear(width, num_classes),
     )
+
+
+def resnet8(input_shape: InputShape, num_classes: int) -> nn.Module:
+    """Returns a small residual network: three blocks of two 3×3 convolutions and BatchNorms, 16, 32 and 64 channels.
+
+    The block and the initialisation are torchvision's, the layout that of He et al. for CIFAR-10 (arXiv 1512.03385) at
+    its smallest depth.
+    """
+    block = require("torchvision.models.resnet").BasicBlock
+    layers: list[nn.Module] = [nn.Conv2d(input_shape[0], 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    for inputs, outputs, stride in ((16, 16, 1), (16, 32, 2), (32, 64, 2)):
+        projection = None
+        if stride != 1:
+            projection = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+        layers.append(block(inputs, outputs, stride=stride, downsample=projection))
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes))
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return model
 
 
 def resnet18(input_shape: InputShape, num_classes: int) -> nn.Module:
@@ -177,7 +204,9 @@ MODELS: Mapping[str, Callable[[InputShape, int], nn.Module]] = MappingProxyType(
     {
         "digitsnet": digitsnet,
         "lenet": lenet,
+        "linear": linear,
         "mlp": mlp,
+        "resnet8": resnet8,
         "resnet18": resnet18,
         "vit": VisionTransformer,
     }
