@@ -21,6 +21,7 @@ from fl_privacy.audit.auditor import Auditor
 from fl_privacy.audit.estimate import LeakageEstimate, Status
 from fl_privacy.audit.executor import Executor
 from fl_privacy.audit.ledger import Ledger
+from fl_privacy.audit.metrics import Origin, RoundMetrics
 from fl_privacy.audit.settings import AuditSettings
 from fl_privacy.errors import InvalidInputError, LedgerError
 from fl_privacy.flower.records import BATCHES, REQUEST_KEY
@@ -30,6 +31,7 @@ from fl_privacy.strategies.display import RoundDisplay
 from fl_privacy.strategies.replies import Reading, read_replies
 
 OnAuditFailure = Literal["continue", "exclude"]
+EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 _FAILURES = frozenset(
     {
@@ -101,7 +103,7 @@ class InversionAudit(Strategy):
         self._layout = ParameterLayout.of(model)
         self._ledger = None if ledger is None else Ledger(ledger)
         self._ledger_name = "" if ledger is None else str(ledger)
-        self._unwritten: list[LeakageEstimate] = []
+        self._unwritten: list[LeakageEstimate | RoundMetrics] = []
         self._on_audit_failure = on_audit_failure
         self._max_report_bytes = max_report_bytes
         self._display = RoundDisplay(enabled=show)
@@ -127,12 +129,12 @@ class InversionAudit(Strategy):
         timeout: float = 3600,
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
-        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+        evaluate_fn: EvaluateFn | None = None,
     ) -> Result:
         """Runs the federation as `Strategy.start` does; prints the summary and releases the workers at its end."""
         try:
             self.result = super().start(
-                grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
+                grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, self._noting(evaluate_fn)
             )
         finally:
             self.close()
@@ -199,8 +201,20 @@ class InversionAudit(Strategy):
         return self.strategy.configure_evaluate(server_round, arrays, config, grid)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Returns the inner strategy's metrics."""
-        return self.strategy.aggregate_evaluate(server_round, replies)
+        """Returns the inner strategy's metrics, which go into the ledger, too."""
+        return self._note(server_round, "clients", self.strategy.aggregate_evaluate(server_round, replies))
+
+    def _noting(self, evaluate_fn: EvaluateFn | None) -> EvaluateFn | None:
+        """Returns the server's evaluation with its metrics going into the ledger."""
+        if evaluate_fn is None:
+            return None
+        return lambda server_round, arrays: self._note(server_round, "server", evaluate_fn(server_round, arrays))
+
+    def _note(self, server_round: int, origin: Origin, metrics: MetricRecord | None) -> MetricRecord | None:
+        numbers = {name: value for name, value in (metrics or {}).items() if isinstance(value, int | float)}
+        if numbers:
+            self._write([RoundMetrics(server_round=server_round, origin=origin, metrics=numbers)])
+        return metrics
 
     def _audit(self, readings: Sequence[Reading]) -> Sequence[Reading]:
         assert self._arrays is not None
@@ -218,7 +232,7 @@ class InversionAudit(Strategy):
         action = "passed" if reading.reply is not None and reading.aggregable and not failed else "excluded"
         return replace(reading.row, action=action)
 
-    def _write(self, rows: Sequence[LeakageEstimate]) -> None:
+    def _write(self, rows: Sequence[LeakageEstimate | RoundMetrics]) -> None:
         """Appends rows to the ledger; what it does not take now is tried again with the next round's."""
         if self._ledger is None:
             return

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fl_privacy.audit.curve import ExampleLeakage, LeakageCurve
 from fl_privacy.audit.estimate import LeakageEstimate, Source, Status
 from fl_privacy.interval import Interval
 
@@ -25,6 +26,19 @@ SETTINGS = st.dictionaries(
     ),
     max_size=4,
 )
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+CURVES = st.lists(st.tuples(*[FINITE] * 4), max_size=4).map(
+    lambda points: LeakageCurve(
+        **{name: tuple(p[i] for p in points) for i, name in enumerate(("noise_std", "lower", "value", "upper"))}
+    )
+)
+EXAMPLES = st.builds(
+    ExampleLeakage,
+    index=st.integers(),
+    label=st.none() | st.integers(),
+    leakage=FINITE,
+    required_noise_std=FINITE,
+)
 BY_TYPE: dict[str, st.SearchStrategy[Any]] = {
     "str": TEXTS,
     "int": st.integers(),
@@ -32,6 +46,8 @@ BY_TYPE: dict[str, st.SearchStrategy[Any]] = {
     "bool | None": st.none() | st.booleans(),
     "float | None": st.none() | FLOATS,
     "Interval[float] | None": st.none() | st.builds(Interval, FLOATS, FLOATS, FLOATS),
+    "LeakageCurve | None": st.none() | CURVES,
+    "tuple[ExampleLeakage, ...]": st.lists(EXAMPLES, max_size=3).map(tuple),
     "Status": st.sampled_from(Status),
     "Source": st.sampled_from(Source),
     "Mapping[str, Any]": SETTINGS,
@@ -102,3 +118,36 @@ def test_an_unknown_status_is_an_error() -> None:
     row = LeakageEstimate(server_round=1, client="3", status=Status.AUDITED).to_dict()
     with pytest.raises(ValueError, match="'safe' is not a valid Status"):
         LeakageEstimate.from_dict({**row, "status": "safe"})
+
+
+class TestCurve:
+    CURVE = LeakageCurve(noise_std=(0.0123456, 0.1), lower=(0.88888, 0.0), value=(0.99994, 0.1), upper=(0.99991, 0.1))
+
+    def test_rounding_moves_bounds_outwards(self) -> None:
+        rounded = self.CURVE.rounded()
+        assert rounded.noise_std == (0.01235, 0.1)
+        assert (rounded.lower, rounded.value, rounded.upper) == ((0.8888, 0.0), (0.9999, 0.1), (1.0, 0.1))
+
+    def test_predicted_error(self) -> None:
+        assert self.CURVE.rmse(0.5)[1] == pytest.approx(0.5 * math.sqrt(0.9))
+
+    def test_rows_from_before_there_were_curves_and_from_after_are_read(self) -> None:
+        row = LeakageEstimate(server_round=1, client="3", status=Status.AUDITED, curve=self.CURVE)
+        old = {name: value for name, value in row.to_dict().items() if name not in ("curve", "examples")}
+        assert LeakageEstimate.from_dict(old) == LeakageEstimate(server_round=1, client="3", status=Status.AUDITED)
+        newer = {**row.to_dict(), "curve": {"version": 2, "knots": []}}
+        assert LeakageEstimate.from_dict(newer).curve is None
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"curve": {"version": 1, "noise_std": [1.0], "lower": [], "value": [0.1], "upper": [0.1]}},
+            {"curve": {"version": 1, "noise_std": "<script>", "lower": [], "value": [], "upper": []}},
+            {"examples": [[0, 1, 0.5]]},
+            {"examples": [["0", 1, 0.5, 0.1]]},
+        ],
+    )
+    def test_a_malformed_one_is_an_error(self, changes: dict[str, Any]) -> None:
+        row = LeakageEstimate(server_round=1, client="3", status=Status.AUDITED)
+        with pytest.raises(ValueError, match="expected"):
+            LeakageEstimate.from_dict({**row.to_dict(), **changes})

@@ -21,6 +21,7 @@ from fl_privacy.audit import ledger as ledger_module
 from fl_privacy.audit.chain import GENESIS, seal
 from fl_privacy.audit.estimate import LeakageEstimate, Source, Status
 from fl_privacy.audit.ledger import Ledger
+from fl_privacy.audit.metrics import RoundMetrics
 from fl_privacy.errors import LedgerError
 from fl_privacy.interval import Interval
 
@@ -51,6 +52,43 @@ def path(tmp_path: Path) -> Path:
         for server_round in (1, 2, 3):
             ledger.append(round_of(server_round), run_id="first")
     return path
+
+
+class TestMetrics:
+    ROUND = RoundMetrics(server_round=2, origin="server", metrics={"accuracy": 0.5, "loss": math.nan, "steps": 3})
+
+    def test_they_are_links_of_the_chain_and_no_rows(self, path: Path) -> None:
+        with Ledger(path) as ledger:
+            ledger.append([self.ROUND], run_id="first")
+            ledger.append(round_of(4), run_id="first")
+            assert ledger.metrics(run_id="second") == []
+            (found,) = ledger.metrics(run_id="first")
+            assert found == RoundMetrics(server_round=2, origin="server", metrics={"accuracy": 0.5, "steps": 3})
+            assert [entry.sequence for entry in ledger.rows()] == [*range(1, 13), 14, 15, 16, 17]
+            (run,) = ledger.runs()
+            assert (run.rows, run.rounds) == (16, 4)
+            assert (ledger.verify().ok, ledger.verify().rows) == (True, 17)
+
+    def test_a_change_to_them_is_found(self, path: Path) -> None:
+        with Ledger(path) as ledger:
+            ledger.append([self.ROUND], run_id="first")
+        raw = sqlite3.connect(path)
+        with raw:
+            raw.execute("UPDATE fl_privacy_ledger SET payload = replace(payload, '0.5', '0.9') WHERE sequence = 13")
+        raw.close()
+        with Ledger.open(path) as ledger:
+            assert [problem.sequence for problem in ledger.verify().problems] == [13]
+
+    def test_what_is_no_metrics_is_named(self, path: Path) -> None:
+        raw = sqlite3.connect(path)
+        with raw:
+            raw.execute("UPDATE fl_privacy_ledger SET status = 'metrics' WHERE sequence = 3")
+        raw.close()
+        with (
+            Ledger.open(path) as ledger,
+            pytest.raises(LedgerError, match=r"row 3 of .* does not hold a round's metrics"),
+        ):
+            ledger.metrics(run_id="first")
 
 
 class TestReading:

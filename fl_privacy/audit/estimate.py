@@ -8,7 +8,11 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
+from fl_privacy.audit.curve import ExampleLeakage, LeakageCurve
 from fl_privacy.interval import Interval
+
+MAX_EXAMPLES = 32
+"""Most examples that a row lists one by one."""
 
 
 class Source(StrEnum):
@@ -93,6 +97,10 @@ class LeakageEstimate:
     """I²F of the observed perturbation, ‖(G + εI)⁻¹Jᵀδ‖ (paper, Eq. 4)."""
     lower_bound: float | None = None
     """‖Jᵀδ‖ / λ_max(G) (paper, Eq. 5)."""
+    curve: LeakageCurve | None = None
+    """Leakage of the most exposed example against noise; rows of 0.1.0 before it, and failed audits, have none."""
+    examples: tuple[ExampleLeakage, ...] = ()
+    """The audited examples, the most exposed first, at most `MAX_EXAMPLES`; empty for unit `batch`."""
 
     # What was observed of the shared update.
     update_norm: float | None = None
@@ -143,6 +151,10 @@ class LeakageEstimate:
         row: dict[str, Any] = {}
         for item in fields(self):
             value = getattr(self, item.name)
+            if item.name == "curve" and value is not None:
+                value = value.to_dict()
+            elif item.name == "examples":
+                value = [example.to_list() for example in value]
             row[item.name] = _encode(value, where=item.name, escape=item.name == "settings")
         return row
 
@@ -152,7 +164,7 @@ class LeakageEstimate:
 
         Raises:
             TypeError: If `client` or `server_round` is missing.
-            ValueError: If the status or the source is none that this version knows.
+            ValueError: If the status or the source is none that this version knows, or the curve is malformed.
             KeyError: If the status is missing.
         """
         values: dict[str, Any] = {}
@@ -164,6 +176,10 @@ class LeakageEstimate:
         values["source"] = Source(values.get("source", Source.NONE))
         if values.get("leakage") is not None:
             values["leakage"] = Interval(*values["leakage"])
+        if values.get("curve") is not None:
+            values["curve"] = LeakageCurve.from_dict(values["curve"])
+        if "examples" in values:
+            values["examples"] = tuple(ExampleLeakage.from_list(example) for example in values["examples"])
         return cls(**values)
 
 

@@ -1,4 +1,7 @@
-"""The ledger: an append-only, hash-chained table of leakage estimates in any database that SQLAlchemy speaks to."""
+"""The ledger: an append-only, hash-chained table of leakage estimates in any database that SQLAlchemy speaks to.
+
+Beside the estimates, the rows of its clients, a round may have entries with its metrics, links of the same chain.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from sqlalchemy.exc import DatabaseError, IntegrityError, SQLAlchemyError
 from fl_privacy.audit.chain import GENESIS, ChainCheck, Verification, canonical_json, seal
 from fl_privacy.audit.database import create_database_engine, locate, transaction_options
 from fl_privacy.audit.estimate import LeakageEstimate
+from fl_privacy.audit.metrics import METRICS, RoundMetrics
 from fl_privacy.audit.schema import HEAD, METADATA, NAME_LENGTH, ROWS, column_text, columns_of, missing_parts
 from fl_privacy.errors import LedgerError
 
@@ -92,11 +96,11 @@ class Ledger:
                 raise LedgerError(f"{ledger._name} is a database, but holds no ledger")
         return ledger
 
-    def append(self, rows: Sequence[LeakageEstimate], *, run_id: str) -> None:
+    def append(self, rows: Sequence[LeakageEstimate | RoundMetrics], *, run_id: str) -> None:
         """Appends the rows of one round, all of them or, if this raises, none.
 
         Args:
-            rows: The round's estimates, in the order in which they are to be numbered.
+            rows: The round's estimates, or its metrics, in the order in which they are to be numbered.
             run_id: Name of the run, 1 to 255 printable characters.
 
         Raises:
@@ -187,14 +191,14 @@ class Ledger:
     def rows(
         self, *, run_id: str | None = None, server_round: int | None = None, client: str | None = None
     ) -> Iterator[LedgerEntry]:
-        """Yields the rows that match, in the order in which they were written, a page at a time.
+        """Yields the estimates that match, in the order in which they were written, a page at a time.
 
         Rows that are appended while one reads are yielded, too. Hashes are not checked: that is `verify`'s work.
 
         Raises:
             LedgerError: While iterating, if the database cannot be reached or a row does not hold an estimate.
         """
-        query = select(ROWS).order_by(ROWS.c.sequence).limit(_PAGE)
+        query = select(ROWS).where(ROWS.c.status != METRICS).order_by(ROWS.c.sequence).limit(_PAGE)
         if run_id is not None:
             query = query.where(ROWS.c.run_id == run_id)
         if server_round is not None:
@@ -213,6 +217,23 @@ class Ledger:
                 return
             last = page[-1]["sequence"]
 
+    def metrics(self, *, run_id: str) -> list[RoundMetrics]:
+        """Returns the metrics of a run's rounds, in the order in which they were written; older ledgers hold none.
+
+        Raises:
+            LedgerError: The database cannot be reached, or an entry does not hold metrics.
+        """
+        query = select(ROWS.c.sequence, ROWS.c.payload).where(ROWS.c.status == METRICS, ROWS.c.run_id == run_id)
+        with self._transaction() as connection:
+            rows = connection.execute(query.order_by(ROWS.c.sequence)).all()
+        found = []
+        for sequence, payload in rows:
+            try:
+                found.append(RoundMetrics.from_dict(json.loads(payload)))
+            except (ValueError, TypeError, LookupError, AttributeError) as error:
+                raise LedgerError(f"row {sequence} of {self._name} does not hold a round's metrics: {error}") from error
+        return found
+
     def runs(self) -> list[Run]:
         """Returns what runs the ledger holds, in the order in which they began."""
         columns = ROWS.c
@@ -224,6 +245,7 @@ class Ledger:
                 func.min(columns.written_at).label("started"),
                 func.max(columns.written_at).label("ended"),
             )
+            .where(columns.status != METRICS)
             .group_by(columns.run_id)
             .order_by(func.min(columns.sequence))
         )

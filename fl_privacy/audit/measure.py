@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_privacy.audit.estimate import LeakageEstimate, Status
+from fl_privacy.audit.curve import ExampleLeakage, LeakageCurve
+from fl_privacy.audit.estimate import MAX_EXAMPLES, LeakageEstimate, Status
 from fl_privacy.audit.perturbation import observed_perturbation
 from fl_privacy.audit.replay import AuditContext, Replay, flat_update, replay_training, to_tensor
 from fl_privacy.audit.settings import AuditSettings
@@ -26,6 +27,8 @@ from fl_privacy.interval import Interval
 
 _WIDE = 0.05
 """Width of a leakage interval beyond which limited precision sends an audit from float32 to float64."""
+_CURVE_POINTS, _CURVE_SPAN = 17, 1e-6
+"""Noise levels of a row's curve, and how far below the largest the smallest may be."""
 
 
 class _DeadlineError(Exception):
@@ -158,6 +161,7 @@ def _measure(
     bias = spectrum.bias(solvable.sqrt() * settings.prior_std, settings.prior_std).value
     rmse = (solved.norm.double() ** 2 / jacobian.input_dim + bias).sqrt()
 
+    curves = _curves(spectrum, client_of, settings.prior_std)
     blurred = ~spectrum.resolved(epsilon) & (leakage.upper - leakage.lower > _WIDE)
     rows = []
     for index, task in enumerate(group):
@@ -181,6 +185,8 @@ def _measure(
                 psnr=_psnr(float(rmse[worst]), settings.data_range),
                 i2f=float(solved.norm[worst]),
                 lower_bound=float(bound[worst]),
+                curve=curves[index],
+                examples=_spread(task, examples[index], leakage.value[mine], required[mine], settings),
                 update_norm=float(seen.update_norm[index]),
                 perturbation_norm=float(seen.norm[index]),
                 cosine=float(seen.cosine[index]),
@@ -216,6 +222,44 @@ def _ridge(sigma: Tensor, settings: AuditSettings) -> Tensor:
     """ε = σ²/τ² of each unit, unless the settings give one."""
     assert settings.prior_std is not None
     return (sigma / settings.prior_std) ** 2 if settings.ridge is None else torch.full_like(sigma, settings.ridge)
+
+
+def _curves(spectrum: Spectrum, client_of: Tensor, prior_std: float) -> list[LeakageCurve | None]:
+    """Returns for each client the leakage of its most exposed example, from where 99 % leak to where 1 % does."""
+    reach = [spectrum.required_noise_std(target, prior_std) for target in (0.99, 0.01)]
+    clients = int(client_of.max()) + 1
+    low, high = (torch.stack([part[client_of == c].max() for c in range(clients)]) for part in reach)
+    low = torch.maximum(low, high * _CURVE_SPAN)  # an update that does not determine the input needs no noise for 0.99
+    steps = torch.linspace(0, 1, _CURVE_POINTS, dtype=low.dtype, device=low.device)
+    grid = low[:, None] ** (1 - steps) * high[:, None] ** steps  # [C, points]
+    known = grid.isfinite().all(1) & (high > 0)
+    grid = torch.where(known[:, None], grid, 1.0)
+    found = [spectrum.leakage(grid[client_of, point], prior_std) for point in range(_CURVE_POINTS)]
+    curves: list[LeakageCurve | None] = []
+    for client in range(clients):
+        mine = client_of == client
+        # The largest lower, middle and upper values bound the largest leakage.
+        bounds = [[float(getattr(at, part)[mine].max()) for at in found] for part in Interval._fields]
+        lower, value, upper = (tuple(part) for part in bounds)
+        curve = LeakageCurve(noise_std=tuple(grid[client].tolist()), lower=lower, value=value, upper=upper)
+        curves.append(curve.rounded() if known[client] and all(map(math.isfinite, upper)) else None)
+    return curves
+
+
+def _spread(
+    task: AuditTask, examples: Sequence[int], leakage: Tensor, required: Tensor, settings: AuditSettings
+) -> tuple[ExampleLeakage, ...]:
+    """Returns what each audited example leaks, the most exposed first; nothing where numbers are missing."""
+    if settings.unit == "batch" or not (leakage.isfinite().all() and required.isfinite().all()):
+        return ()
+    found = [
+        ExampleLeakage(
+            index=example, label=_class_of(task, example), leakage=float(value), required_noise_std=float(std)
+        )
+        for example, value, std in zip(examples, leakage, required, strict=True)
+    ]
+    found.sort(key=lambda example: (-example.leakage, -example.required_noise_std))
+    return tuple(example.rounded() for example in found[:MAX_EXAMPLES])
 
 
 def _judge(

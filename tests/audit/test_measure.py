@@ -124,6 +124,35 @@ class TestNumbers:
         assert row.required_noise_norm == pytest.approx(row.required_noise_std * row.update_dim**0.5)
         assert row.target_leakage == 0.4
 
+    def test_the_curve_bounds_the_leakage_of_the_most_exposed_example_of_a_dense_jacobian(self):
+        model = new_model()
+        task = double_task(model)
+        row = audit_one(model, task, target_leakage=0.4, **EXACT)
+        spectra = [torch.linalg.svdvals(jacobian) ** 2 for jacobian in dense_jacobians(model, task)]
+        at = [max(float((v / (v + (s / PRIOR) ** 2)).mean()) for v in spectra) for s in row.curve.noise_std]
+        assert row.curve.value == pytest.approx(at, abs=2e-4)  # four digits of leakage and of noise
+        assert np.all(np.array(row.curve.lower) - 2e-4 <= at)
+        assert np.all(np.array(row.curve.upper) + 2e-4 >= at)
+        assert (at[0], at[-1]) == pytest.approx((0.99, 0.01), abs=1e-3)
+        assert np.interp(np.log(row.required_noise_std), np.log(row.curve.noise_std), at) == pytest.approx(
+            0.4, abs=0.02
+        )
+        assert len(row.curve.noise_std) == 17
+
+    def test_every_audited_example_is_listed_with_its_class_and_the_noise_it_needs(self):
+        model = new_model()
+        task = double_task(model, defend=DEFENCES["clipping and noise"])
+        row = audit_one(model, task, **EXACT)
+        spectra = [torch.linalg.svdvals(jacobian) ** 2 for jacobian in dense_jacobians(model, task)]
+        assert sorted(example.index for example in row.examples) == [0, 1, 2, 3]
+        assert row.examples[0].index == row.worst_example
+        for example in row.examples:
+            values = spectra[example.index]
+            assert example.label == task.labels[example.index]
+            assert example.leakage == pytest.approx(float((values / (values + row.ridge)).mean()), rel=1e-3)
+            needed = float((values / (values + (example.required_noise_std / PRIOR) ** 2)).mean())
+            assert needed == pytest.approx(row.target_leakage, rel=1e-3)
+
     @pytest.mark.parametrize("unit", ["example", "batch"])
     def test_several_steps_agree_with_the_engine(self, unit):
         model = new_model()

@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord
 from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
@@ -353,6 +353,23 @@ class TestLedger:
         assert [entry.estimate for entry in entries] == strategy.estimates
         assert {entry.run_id for entry in entries} == {"mine"}
         assert Ledger(path).verify().ok
+
+    def test_accuracy_goes_into_the_ledger_whoever_measures_it(self, tmp_path):
+        path = tmp_path / "ledger.db"
+        strategy = audit(fed_avg(fraction_evaluate=1.0), ledger=path, run_id="mine")
+        result = run(strategy, grid_of(), rounds=2, evaluate_fn=lambda r, arrays: MetricRecord({"accuracy": 0.1 * r}))
+        with Ledger.open(path) as ledger:
+            found = [(m.server_round, m.origin, m.metrics["accuracy"]) for m in ledger.metrics(run_id="mine")]
+            assert ledger.verify().ok
+        assert found == [
+            (0, "server", 0.0),
+            (1, "clients", 0.5),
+            (1, "server", 0.1),
+            (2, "clients", 0.5),
+            (2, "server", 0.2),
+        ]
+        assert [m["accuracy"] for m in result.evaluate_metrics_serverapp.values()] == [0.0, 0.1, 0.2]
+        assert [m["accuracy"] for m in result.evaluate_metrics_clientapp.values()] == [0.5, 0.5]
 
     def test_a_ledger_that_fails_loses_no_row_and_fails_the_run_at_its_end(self, tmp_path):
         path = tmp_path / "ledger.db"
