@@ -1,4 +1,4 @@
-"""The command line: `verify` checks a ledger, `show` prints it, `validate` checks predictions against attacks."""
+"""The command line: `verify` checks a ledger, `show` prints it, `validate` and `study` check predictions."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rich.console import Console
 from fl_privacy.audit.chain import Verification
 from fl_privacy.audit.ledger import Ledger, LedgerEntry
 from fl_privacy.audit.table import round_table
+from fl_privacy.commands.study import study
 from fl_privacy.commands.validate import validate
 from fl_privacy.errors import LedgerError
 
@@ -103,6 +104,7 @@ def show(
 
 
 app.command(epilog="Exit codes: 0 done, 2 wrong usage or missing data.")(validate)
+app.add_typer(study, name="study")
 
 
 def main() -> None:

@@ -6,17 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fl_privacy.errors import FLPrivacyError
+from fl_privacy.commands.progress import progress_bar, result_console, user_errors
 from fl_privacy.interval import Interval
 
 if TYPE_CHECKING:
     from fl_privacy.validation import Agreement
-
-UNUSABLE = 2
 
 
 def validate(
@@ -24,7 +20,8 @@ def validate(
     data_root: Annotated[str, typer.Option(help="Where the data set's files are.")] = "data",
     model: Annotated[str, typer.Option(help="linear, mlp, lenet, digitsnet, resnet8, resnet18 or vit.")] = "lenet",
     initialization: Annotated[
-        str, typer.Option(help="uniform: U(-0.5, 0.5), as in the paper; default: the model's own.")
+        str,
+        typer.Option(help="uniform: U(-0.5, 0.5), as in the paper; default: the model's own; normal, xavier, kaiming."),
     ] = "uniform",
     noise: Annotated[
         list[float] | None, typer.Option(help="Noise level, standard deviation per parameter; give it several times.")
@@ -40,14 +37,11 @@ def validate(
 ) -> None:
     """Attack noisy gradients of single images and compare the error with the prediction.
 
-    Prints a table, and writes results.csv and agreement.png. A study that was stopped goes on where it was: delete the
-    output folder, or name another, to begin anew or with other settings.
+    Prints a table, and writes results.csv and agreement.png. A study that was stopped goes on where it was; delete
+    the output folder, or name another, to begin anew or with other settings.
     """
-    try:
+    with user_errors():
         _validate(dataset, data_root, model, initialization, noise or [], attack or [], num_images, seed, output)
-    except (FLPrivacyError, ValueError, OSError, ImportError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(UNUSABLE) from error
 
 
 def _validate(
@@ -62,6 +56,7 @@ def _validate(
     output: Path,
 ) -> None:
     from fl_privacy.attacks import ATTACKS
+    from fl_privacy.studies.settings import claim_folder
     from fl_privacy.validation import ValidationSettings, run_validation, summarize
     from fl_privacy.validation.figure import draw_agreement
 
@@ -78,16 +73,12 @@ def _validate(
         seed=seed,
         **({"noise_stds": tuple(noise)} if noise else {}),  # type: ignore[arg-type]
     )
-    console = Console(width=None if Console().is_terminal else 120)
-    columns = (TextColumn("attacking"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("validate", total=None)
+    claim_folder(output, "validate", settings)
+    with progress_bar("attacking") as progress:
         rows = run_validation(
-            settings,
-            {name: ATTACKS[name]() for name in names},
-            output / "results.csv",
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            settings, {name: ATTACKS[name]() for name in names}, output / "results.csv", progress=progress
         )
+    console = result_console()
     overall, levels = summarize(rows)
     title = f"{model} on {dataset}: reached error over predicted error"
     console.print(_table(title, overall, levels))

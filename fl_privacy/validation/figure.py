@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fl_privacy.reference.extras import require
+from fl_privacy.studies.study import save_figure
 from fl_privacy.validation.study import ValidationRow
 from fl_privacy.validation.summary import best_attacks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _MARKERS = "osD^vP*X"
 
@@ -23,12 +27,14 @@ def draw_agreement(rows: Sequence[ValidationRow], path: Path, *, title: str) -> 
         path: Where to write; the ending says which format.
         title: Above the figure.
     """
-    require("matplotlib").use("Agg")
-    plt: Any = require("matplotlib.pyplot")
+    save_figure(path, lambda figure: _draw(rows, figure, title), size=(6.4, 5.6))
+
+
+def _draw(rows: Sequence[ValidationRow], figure: Figure, title: str) -> None:
+    axes = figure.subplots()
     best = best_attacks(rows)
     levels = sorted({row.noise_std for row in best})
     colours = require("matplotlib").colormaps["viridis"]
-    figure, axes = plt.subplots(figsize=(6.4, 5.6), layout="constrained")
     for index, level in enumerate(levels):
         colour = colours(index / max(1, len(levels) - 1) * 0.9)
         for explained in (True, False):
@@ -52,6 +58,3 @@ def draw_agreement(rows: Sequence[ValidationRow], path: Path, *, title: str) -> 
     axes.set_ylabel("error of the best attack, rmse per input element")
     axes.set_aspect("equal")
     axes.legend(frameon=False, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)

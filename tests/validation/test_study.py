@@ -6,9 +6,9 @@ import pytest
 
 from fl_privacy.attacks import GaussNewton
 from fl_privacy.errors import InvalidInputError
+from fl_privacy.studies.results import read_rows
 from fl_privacy.validation import ValidationRow, ValidationSettings, run_validation, summarize
 from fl_privacy.validation.figure import draw_agreement
-from fl_privacy.validation.study import read_rows
 
 SETTINGS = ValidationSettings(num_images=4, images_at_once=2, noise_stds=(5.6e-4, 1.8e-2), max_steps=16)
 
@@ -47,7 +47,7 @@ class TestStudy:
 
     def test_the_file_holds_the_rows(self, study):
         path, rows = study
-        assert read_rows(path) == rows
+        assert read_rows(path, ValidationRow) == rows
 
     def test_a_stopped_study_goes_on_where_it_was(self, study, tmp_path):
         path, rows = study
@@ -69,15 +69,15 @@ class TestStudy:
         lines = path.read_text().splitlines(keepends=True)
         broken = tmp_path / "results.csv"
         broken.write_text("".join(lines[:-1]) + lines[-1][:20])
-        assert len(read_rows(broken)) == len(rows) - 1
+        assert len(read_rows(broken, ValidationRow)) == len(rows) - 1
         run_validation(SETTINGS, {"gauss-newton": GaussNewton()}, broken)
-        assert len(read_rows(broken)) == len(rows)
+        assert len(read_rows(broken, ValidationRow)) == len(rows)
 
     def test_another_file_is_refused(self, tmp_path):
         path = tmp_path / "other.csv"
         path.write_text("a,b\n1,2\n")
-        with pytest.raises(InvalidInputError, match="columns of a validation study"):
-            read_rows(path)
+        with pytest.raises(InvalidInputError, match="columns of a ValidationRow"):
+            read_rows(path, ValidationRow)
 
     def test_a_figure_is_drawn(self, study, tmp_path):
         path = tmp_path / "figures" / "agreement.png"
@@ -88,10 +88,10 @@ class TestStudy:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"noise_stds": ()}, "noise levels > 0"),
-        ({"noise_stds": (0.0,)}, "noise levels > 0"),
+        ({"noise_stds": ()}, "noise_stds to name at least one"),
+        ({"noise_stds": (0.0,)}, "noise_stds > 0"),
         ({"num_images": 0}, "num_images >= 1"),
-        ({"initialization": "zeros"}, "initialization to be one of uniform, default"),
+        ({"initialization": "zeros"}, "initialization to be one of default, uniform"),
     ],
 )
 def test_settings_out_of_range(options, message):

@@ -1,0 +1,43 @@
+"""The paper's experiments as studies, each with its rows, its figure and a summary. Needs the extra `simulation`.
+
+A study is a module of this package that ends with `STUDY = Study(...)` and has a line in `STUDIES`. Run one with
+`fl-privacy study NAME`, or from Python:
+
+    from fl_privacy.studies import conduct, load_study
+
+    study = load_study("ridge")
+    rows = conduct(study, study.settings(num_images=5), Path("studies/ridge"))
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from fl_privacy.errors import InvalidInputError
+from fl_privacy.studies.results import Portion
+from fl_privacy.studies.settings import Settings, option
+from fl_privacy.studies.study import Study, Summary, conduct
+
+__all__ = ["STUDIES", "Portion", "Settings", "Study", "Summary", "conduct", "load_study", "option"]
+
+STUDIES: Mapping[str, str] = MappingProxyType(
+    {
+        "ridge": "Which ridge predicts an attack's error: the paper's 0.1, 1 and 10, or noise over prior variance.",
+    }
+)
+"""What each study asks, by its name; the module has the same name with underscores."""
+
+
+def load_study(name: str) -> Study[Any, Any]:
+    """Returns a study by name.
+
+    Raises:
+        InvalidInputError: There is no such study.
+    """
+    if name not in STUDIES:
+        raise InvalidInputError(f"expected a study among {', '.join(STUDIES)}, got {name!r}")
+    study: Study[Any, Any] = importlib.import_module(f"{__name__}.{name.replace('-', '_')}").STUDY
+    return study

@@ -1,0 +1,106 @@
+"""What most studies play on: a model, images of a test set, and what an attacker believes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fl_privacy.attacks import AttackProblem, GaussianPrior, IsotropicNoise
+from fl_privacy.errors import InvalidInputError
+from fl_privacy.influence.jacobian import UpdateJacobian
+from fl_privacy.influence.update import GradientUpdate
+from fl_privacy.reference import build_model, load_dataset
+from fl_privacy.reference.initialization import Initialization, initialize_
+from fl_privacy.studies.settings import Settings, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneSettings(Settings):
+    """Which model, which images."""
+
+    dataset: str = option("digits", "digits, mnist, fashion-mnist, cifar10 or folder.")
+    data_root: str = option("data", "Where the data set's files are.", recorded=False)
+    model: str = option("lenet", "lenet, digitsnet, mlp, resnet18 or vit.")
+    initialization: Initialization = option(
+        "uniform", "How parameters are drawn; uniform is U(-0.5, 0.5), as in the paper, default the model's own."
+    )
+    num_images: int = option(10, "Images, the first of the test set.", minimum=1)
+    seed: int = option(0, "Of initialization and noise.", minimum=0)
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """A model and single images whose gradients are shared; float64, in which small noise does not drown.
+
+    Attributes:
+        update: The gradient of a single image.
+        params: Parameters by name.
+        images: `[n, 1, *shape]`.
+        labels: `[n, 1]`.
+        prior: From 2,000 images of the training set.
+        seed: Of the noise.
+    """
+
+    update: GradientUpdate
+    params: dict[str, Tensor]
+    images: Tensor
+    labels: Tensor
+    prior: GaussianPrior
+    seed: int
+
+    @classmethod
+    def of(cls, settings: SceneSettings) -> Scene:
+        """Returns the scene that settings describe.
+
+        Raises:
+            InvalidInputError: The data set has too few images.
+        """
+        data = load_dataset(settings.dataset, root=settings.data_root)
+        if len(data.test) < settings.num_images:
+            raise InvalidInputError(f"expected at most {len(data.test)} images, got {settings.num_images}")
+        torch.manual_seed(settings.seed)
+        model = build_model(settings.model, input_shape=data.input_shape, num_classes=data.num_classes)
+        initialize_(model, settings.initialization)
+        images, labels = data.test.select(slice(0, settings.num_images))
+        public, _ = data.train.select(slice(0, 2000))
+        params = {name: p.detach().double() for name, p in model.named_parameters()}
+        prior = GaussianPrior.from_examples(public.double())
+        update = GradientUpdate(model, nn.CrossEntropyLoss())
+        return cls(update, params, images.double()[:, None], labels[:, None], prior, settings.seed)
+
+    def jacobian(self, group: Sequence[int]) -> UpdateJacobian:
+        """Returns J at some of the images."""
+        return UpdateJacobian(self.update, self.params, self.images[group], self.labels[group])
+
+    def problem(self, group: Sequence[int], shared: Tensor, noise_std: float) -> AttackProblem:
+        """Returns what an attacker holds who sees the noisy gradients `[U, P]` of some of the images."""
+        return AttackProblem(
+            update=self.update,
+            params=self.params,
+            shared=shared,
+            prior=self.prior,
+            noise=IsotropicNoise(torch.full((len(group),), noise_std, dtype=torch.float64)),
+            labels=self.labels[group],
+        )
+
+    def errors(self, group: Sequence[int], rebuilt: Tensor) -> Tensor:
+        """Returns the rmse per input element `[U]` of what was rebuilt of some of the images."""
+        return (rebuilt - self.images[group]).flatten(1).square().mean(1).sqrt()
+
+    def noise(self, group: Sequence[int], level: int) -> Tensor:
+        """Returns standard normal noise `[U, P]` that depends on nothing but seed, image and noise level."""
+        return torch.stack([_noise(self.seed, image, level, self.update.layout.dim) for image in group])
+
+
+def groups(count: int, size: int) -> Iterator[list[int]]:
+    """Yields the numbers from 0 on in groups."""
+    for start in range(0, count, size):
+        yield list(range(start, min(start + size, count)))
+
+
+def _noise(seed: int, image: int, level: int, dim: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1_000_003 * seed + 1_009 * image + level)
+    return torch.randn(dim, generator=generator, dtype=torch.float64)
