@@ -23,7 +23,7 @@ class SceneSettings(Settings):
 
     dataset: str = option("digits", "digits, mnist, fashion-mnist, cifar10 or folder.")
     data_root: str = option("data", "Where the data set's files are.", recorded=False)
-    model: str = option("lenet", "lenet, digitsnet, mlp, resnet18 or vit.")
+    model: str = option("lenet", "linear, mlp, lenet, digitsnet, resnet8, resnet18 or vit.")
     initialization: Initialization = option(
         "uniform", "How parameters are drawn; uniform is U(-0.5, 0.5), as in the paper, default the model's own."
     )
