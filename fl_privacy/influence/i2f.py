@@ -134,12 +134,11 @@ def influence_lower_bound(
 
 def _bound(jacobian: UpdateJacobian, perturbation: Tensor, rtol: float, max_steps: int) -> Tensor:
     target = jacobian.vjp(perturbation)
-    # Jᵀδ leans to the large eigenvalues already; a random part makes sure that none is missed.
+    # Jᵀu leans to the largest eigenvalue already; a random part makes sure that it is not missed.
     generator = torch.Generator().manual_seed(0)
     random = torch.randn(jacobian.input_dim, generator=generator, dtype=torch.float64).to(target)
-    norm = torch.linalg.vector_norm(target, dim=-1, keepdim=True)
-    direction = torch.where(norm > 0, target / norm.clamp(min=torch.finfo(norm.dtype).tiny), 0.0)
-    lanczos = Lanczos(jacobian, (direction + random / torch.linalg.vector_norm(random)), max_steps=max_steps)
+    leaning = _normalised(jacobian.pulled_back_update())
+    lanczos = Lanczos(jacobian, leaning + 0.01 * random / torch.linalg.vector_norm(random), max_steps=max_steps)
 
     def converged(state: Lanczos) -> Tensor:
         value, error = _largest_ritz(state)
@@ -147,8 +146,15 @@ def _bound(jacobian: UpdateJacobian, perturbation: Tensor, rtol: float, max_step
 
     lanczos.run(converged, check_every=1)
     value, error = _largest_ritz(lanczos)
-    bound = norm.squeeze(-1).double() / (value + torch.maximum(error, rtol * value))
+    bound = torch.linalg.vector_norm(target, dim=-1).double() / (value + torch.maximum(error, rtol * value))
     return torch.where(lanczos.failed, torch.nan, bound.nan_to_num(nan=0.0)).to(jacobian.dtype)
+
+
+def _normalised(vectors: Tensor) -> Tensor:
+    """Vectors `[U, D]` of norm 1, and zeros where they are zero or not finite."""
+    norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    usable = (norm > 0) & norm.isfinite()
+    return torch.where(usable, vectors / torch.where(usable, norm, 1.0), 0.0)
 
 
 def _largest_ritz(lanczos: Lanczos) -> tuple[Tensor, Tensor]:
