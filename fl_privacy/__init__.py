@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from fl_privacy.audit.estimate import LeakageEstimate, Source, Status
     from fl_privacy.influence.i2f import Influence, influence, influence_lower_bound
     from fl_privacy.influence.jacobian import UpdateJacobian
+    from fl_privacy.influence.operators import MeanGram
+    from fl_privacy.influence.recommendation import NoiseRecommendation, recommend_noise
+    from fl_privacy.influence.sampling import InputNoise, draw_input_noise, sample_input_noise
     from fl_privacy.influence.spectrum import Spectrum, estimate_spectrum
     from fl_privacy.influence.training import LocalTrainingUpdate
     from fl_privacy.influence.update import GradientUpdate
@@ -22,32 +25,44 @@ __version__ = "0.1.0"
 __all__ = [
     "GradientUpdate",
     "Influence",
+    "InputNoise",
     "Interval",
     "LeakageEstimate",
     "LocalTrainingUpdate",
+    "MeanGram",
+    "NoiseRecommendation",
     "Source",
     "Spectrum",
     "Status",
     "UpdateJacobian",
     "__version__",
+    "draw_input_noise",
     "estimate_spectrum",
     "influence",
     "influence_lower_bound",
+    "recommend_noise",
+    "sample_input_noise",
 ]
 
 _HOMES = {
     "GradientUpdate": "fl_privacy.influence.update",
     "Influence": "fl_privacy.influence.i2f",
+    "InputNoise": "fl_privacy.influence.sampling",
     "Interval": "fl_privacy.interval",
     "LeakageEstimate": "fl_privacy.audit.estimate",
     "LocalTrainingUpdate": "fl_privacy.influence.training",
+    "MeanGram": "fl_privacy.influence.operators",
+    "NoiseRecommendation": "fl_privacy.influence.recommendation",
     "Source": "fl_privacy.audit.estimate",
     "Spectrum": "fl_privacy.influence.spectrum",
     "Status": "fl_privacy.audit.estimate",
     "UpdateJacobian": "fl_privacy.influence.jacobian",
+    "draw_input_noise": "fl_privacy.influence.sampling",
     "estimate_spectrum": "fl_privacy.influence.spectrum",
     "influence": "fl_privacy.influence.i2f",
     "influence_lower_bound": "fl_privacy.influence.i2f",
+    "recommend_noise": "fl_privacy.influence.recommendation",
+    "sample_input_noise": "fl_privacy.influence.sampling",
 }
 
 

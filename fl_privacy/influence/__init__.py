@@ -8,6 +8,9 @@ from typing import Any
 
 from fl_privacy.influence.i2f import Influence, influence, influence_lower_bound
 from fl_privacy.influence.jacobian import UpdateJacobian
+from fl_privacy.influence.operators import InputOperator, MeanGram
+from fl_privacy.influence.recommendation import NoiseRecommendation, recommend_noise
+from fl_privacy.influence.sampling import InputNoise, draw_input_noise, sample_input_noise
 from fl_privacy.influence.spectrum import Spectrum, estimate_spectrum
 from fl_privacy.influence.training import LocalTrainingUpdate
 from fl_privacy.influence.update import GradientUpdate, UpdateMap
@@ -15,13 +18,20 @@ from fl_privacy.influence.update import GradientUpdate, UpdateMap
 __all__ = [
     "GradientUpdate",
     "Influence",
+    "InputNoise",
+    "InputOperator",
     "LocalTrainingUpdate",
+    "MeanGram",
+    "NoiseRecommendation",
     "Spectrum",
     "UpdateJacobian",
     "UpdateMap",
+    "draw_input_noise",
     "estimate_spectrum",
     "influence",
     "influence_lower_bound",
+    "recommend_noise",
+    "sample_input_noise",
 ]
 
 

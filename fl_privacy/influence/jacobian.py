@@ -164,6 +164,39 @@ class UpdateJacobian:
         chosen._kept = {}
         return chosen
 
+    def shifted(self, shift: Tensor, *, bounds: tuple[float | Tensor, float | Tensor] | None = None) -> UpdateJacobian:
+        """Returns the Jacobian at x + a; its `update()` is what a client shares that hides its input behind a.
+
+        Args:
+            shift: a `[U, D]`.
+            bounds: Lowest and highest valid input, numbers or tensors that broadcast to one example's shape. Where
+                x + a leaves them it is moved to the nearest valid value. That is a function of x + a alone, so it tells
+                no more of x than x + a does: the leakage that a was made for still holds.
+
+        Raises:
+            InvalidInputError: Another shape, dtype or device, NaN or infinity, or a private input that is itself
+                outside the bounds.
+        """
+        _check_shift(self, shift)
+        inputs, _ = self._batch
+        rows = torch.arange(self.num_units, device=self.device)
+        private = inputs if self._private is None else inputs[rows, self._private, None]  # [U, N or 1, *shape]
+        moved = private + shift.reshape(private.shape)
+        if bounds is not None:
+            moved = _within(bounds, private, moved)
+        changed = object.__new__(UpdateJacobian)
+        changed.__dict__.update(self.__dict__)
+        changed._kept = {}
+        if self._private is None:
+            changed._batch = (moved, self._labels)
+            changed._inputs = moved
+            return changed
+        batch = inputs.clone()
+        batch[rows, self._private] = moved[:, 0]
+        changed._batch = (batch, self._batch[1])
+        changed._inputs = moved if self._slot is None else batch
+        return changed
+
     def to(self, dtype: torch.dtype) -> UpdateJacobian:
         """Returns the same Jacobian in another floating-point type."""
         inputs, labels = self._batch
@@ -292,6 +325,38 @@ def _examples_interact(update: UpdateMap, params: Mapping[str, Tensor], inputs: 
         if not difference <= tolerance * together.abs().clamp(min=1.0):
             return True
     return False
+
+
+def _check_shift(jacobian: UpdateJacobian, shift: Tensor) -> None:
+    expected = (jacobian.num_units, jacobian.input_dim)
+    if shift.shape != expected or shift.dtype != jacobian.dtype or shift.device != jacobian.device:
+        raise InvalidInputError(
+            f"expected a shift of shape {list(expected)}, units by private input elements, of {jacobian.dtype} on "
+            f"{jacobian.device}, got {list(shift.shape)} of {shift.dtype} on {shift.device}"
+        )
+    if not torch.isfinite(shift).all():
+        raise InvalidInputError("expected a finite shift, got NaN or infinity: these units must not be shared")
+
+
+def _within(bounds: tuple[float | Tensor, float | Tensor], private: Tensor, moved: Tensor) -> Tensor:
+    low, high = (torch.as_tensor(bound, dtype=moved.dtype, device=moved.device) for bound in bounds)
+    shape = list(moved.shape[2:])
+    try:
+        low, high = low.expand(shape), high.expand(shape)
+    except RuntimeError as error:
+        raise InvalidInputError(
+            f"expected bounds that broadcast to one example's shape {shape}, got {list(low.shape)} and "
+            f"{list(high.shape)}: per-channel bounds need shape [channels, 1, 1]"
+        ) from error
+    if not (low < high).all():
+        raise InvalidInputError("expected every lower bound below its upper bound")
+    slack = 1e-5 * (high - low)  # of inputs that were scaled in another floating-point type
+    if not ((private >= low - slack) & (private <= high + slack)).all():
+        raise InvalidInputError(
+            f"expected private inputs within the bounds, got values from {private.min():.4g} to {private.max():.4g}: "
+            "give the bounds in the units of the inputs, after any normalisation"
+        )
+    return torch.minimum(torch.maximum(moved, low), high)
 
 
 def _check_arguments(

@@ -30,7 +30,27 @@ class QuadratureRule:
 
     def mean(self, values: Tensor) -> Tensor:
         """Returns ∫ f, averaged over the probes, `[U]`, for the values of f at the nodes."""
-        return (self.weights * values).sum(-1).mean(0)
+        return self.mean_by_probe(values).mean(0)
+
+    def mean_by_probe(self, values: Tensor) -> Tensor:
+        """Returns ∫ f `[S, U]`, for the values of f at the nodes."""
+        return (self.weights * values).sum(-1)
+
+    def neighbours(self, low: Tensor, high: Tensor, *, bottom: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns, for an increasing f, its values at the next node below and above each node.
+
+        Nodes without weight are passed over.
+
+        Args:
+            low: Values of f at the nodes `[S, U, K]`, or less.
+            high: Values of f at the nodes, or more.
+            bottom: Value below every eigenvalue, `[S, U, 1]`.
+            top: Value above every eigenvalue, `[S, U, 1]`.
+        """
+        present = self.weights > 0
+        below = torch.where(present, low, bottom).cummax(-1).values
+        above = torch.where(present, high, top).flip(-1).cummin(-1).values.flip(-1)
+        return torch.cat([bottom, below[..., :-1]], -1), torch.cat([above[..., 1:], top], -1)
 
     @property
     def largest(self) -> Tensor:
