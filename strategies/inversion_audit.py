@@ -18,13 +18,13 @@ from flwr.supercore import log
 from torch import nn
 
 from fl_privacy.audit.auditor import Auditor
-from fl_privacy.audit.estimate import LeakageEstimate, Status
+from fl_privacy.audit.estimate import LeakageEstimate, Source, Status
 from fl_privacy.audit.executor import Executor
 from fl_privacy.audit.ledger import Ledger
 from fl_privacy.audit.metrics import Origin, RoundMetrics
 from fl_privacy.audit.settings import AuditSettings
 from fl_privacy.errors import InvalidInputError, LedgerError
-from fl_privacy.flower.records import BATCHES, REQUEST_KEY
+from fl_privacy.flower.request import Request
 from fl_privacy.influence.layout import ParameterLayout
 from fl_privacy.influence.update import Loss
 from fl_privacy.strategies.display import RoundDisplay
@@ -32,6 +32,8 @@ from fl_privacy.strategies.replies import Reading, read_replies
 
 OnAuditFailure = Literal["continue", "exclude"]
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+SOURCES = (Source.TRUSTED, Source.CLIENT)
+"""Where an audit can take the Jacobian."""
 
 _FAILURES = frozenset(
     {
@@ -57,6 +59,8 @@ class InversionAudit(Strategy):
         strategy: The inner strategy.
         model: The model that clients train. Only its structure is used, and it is not changed.
         loss: (outputs, labels) -> scalar mean loss, the one that clients train with.
+        source: Where the Jacobian is taken: at batches that clients hand over (`trusted`), or on the clients, which
+            audit themselves and send scalars (`client`). Either only for clients that allow it.
         settings: What to measure.
         executor: Who computes: in this process by default, or `RayExecutor(...)`.
         ledger: Path or SQLAlchemy URL of the ledger, `None` for none.
@@ -79,6 +83,7 @@ class InversionAudit(Strategy):
         *,
         model: nn.Module,
         loss: Loss,
+        source: str | Source = Source.TRUSTED,
         settings: AuditSettings | None = None,
         executor: Executor | None = None,
         ledger: str | Path | None = "fl_privacy.db",
@@ -94,7 +99,10 @@ class InversionAudit(Strategy):
                 f"expected on_audit_failure to be one of {', '.join(get_args(OnAuditFailure))}, "
                 f"got {on_audit_failure!r}"
             )
+        if source not in SOURCES:
+            raise InvalidInputError(f"expected source to be one of {', '.join(SOURCES)}, got {source!r}")
         self.strategy = strategy
+        self.source = Source(source)
         self.run_id = run_id or uuid.uuid4().hex[:12]
         self.estimates: list[LeakageEstimate] = []
         self.result: Result | None = None
@@ -115,6 +123,7 @@ class InversionAudit(Strategy):
         """Logs the audit's configuration, then the inner strategy's."""
         settings = self._auditor.settings
         log(INFO, "\t├──> Inversion audit (run %s):", self.run_id)
+        log(INFO, "\t│\t├── Source: %s", self.source)
         log(INFO, "\t│\t├── Private unit: %s", settings.unit)
         log(INFO, "\t│\t├── Target leakage: %g", settings.target_leakage)
         log(INFO, "\t│\t├── On audit failure: %s", self._on_audit_failure)
@@ -164,7 +173,10 @@ class InversionAudit(Strategy):
         """Returns the inner strategy's messages, each with a request for a report."""
         self._check_model(arrays)
         self._arrays = arrays
-        self._sent = [_with_request(m) for m in self.strategy.configure_train(server_round, arrays, config, grid)]
+        request = Request.for_estimate(self._auditor.settings) if self.source is Source.CLIENT else Request()
+        self._sent = [
+            _with_request(m, request) for m in self.strategy.configure_train(server_round, arrays, config, grid)
+        ]
         return self._sent
 
     def aggregate_train(
@@ -179,6 +191,7 @@ class InversionAudit(Strategy):
             list(replies),
             self._arrays,
             self._layout.names,
+            asked=self.source,
             max_report_bytes=self._max_report_bytes,
             names=self._names,
         )
@@ -225,6 +238,8 @@ class InversionAudit(Strategy):
         for reading in readings:
             if reading.task is not None:
                 reading.row = next(rows)
+            elif reading.row.leakage is not None:  # the client's own, of what these settings ask
+                reading.row = replace(reading.row, settings=self._auditor.settings.to_dict())
         return readings
 
     def _decide(self, reading: Reading) -> LeakageEstimate:
@@ -268,13 +283,13 @@ class InversionAudit(Strategy):
                 )
 
 
-def _with_request(message: Message) -> Message:
+def _with_request(message: Message, request: Request) -> Message:
     """Adds the request to a message's config, in a record of its own: clients share what the inner strategy built."""
     configs = message.content.config_records
     if not configs:
         return message
     key, config = next(iter(configs.items()))
-    message.content = RecordDict({**message.content, key: ConfigRecord({**config, REQUEST_KEY: BATCHES})})
+    message.content = RecordDict({**message.content, key: ConfigRecord({**config, **request.entries()})})
     return message
 
 

@@ -12,7 +12,10 @@ from fl_privacy.audit.estimate import LeakageEstimate, Source, Status
 from fl_privacy.audit.task import Array, AuditTask
 from fl_privacy.errors import FLPrivacyError, RecordError
 from fl_privacy.flower.records import REPORT_KEY, ClientReport, decode_report
-from fl_privacy.flower.updates import UnusableUpdateError, shared_update
+from fl_privacy.flower.updates import UnusableUpdateError, shared_update, update_norm
+
+_NORM_RTOL = 0.01
+"""How closely the norm that a client audited must be that of what arrived: it is told to three digits."""
 
 
 @dataclass(eq=False)
@@ -41,6 +44,7 @@ def read_replies(
     arrays: ArrayRecord,
     trained: Sequence[str],
     *,
+    asked: Source,
     max_report_bytes: int,
     names: dict[int, str],
 ) -> list[Reading]:
@@ -52,6 +56,7 @@ def read_replies(
         replies: What came back.
         arrays: The global arrays that were sent.
         trained: Names of the trained parameters.
+        asked: What clients were asked for, by the source that it makes possible; anything else they send is refused.
         max_report_bytes: Most bytes of a client's report to accept.
         names: By node id, the names that clients gave in their reports: a client that later fails keeps its name.
             What is learned of this round is added.
@@ -62,7 +67,7 @@ def read_replies(
     readings = []
     for reply in replies:
         node_id = node_of.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
-        readings.append(_read(server_round, node_id, reply, expected, trained, max_report_bytes))
+        readings.append(_read(server_round, node_id, reply, expected, trained, asked, max_report_bytes))
         if node_id in silent:
             del silent[node_id]
         elif node_id in node_of.values():
@@ -84,6 +89,7 @@ def _read(
     reply: Message,
     expected: Mapping[str, Array],
     trained: Sequence[str],
+    asked: Source,
     max_report_bytes: int,
 ) -> Reading:
     if reply.has_error():
@@ -112,30 +118,66 @@ def _read(
         return reading
     if report is None:
         return reading
-    if report.refused or report.inputs is None or report.labels is None or report.trace is None:
-        detail = report.refused or "the report holds no batch"
-        reading.row = _changed(reading.row, status=Status.REFUSED, detail=detail)
+    if report.refused:
+        reading.row = _changed(reading.row, status=Status.REFUSED, detail=report.refused)
         return reading
     try:
-        # A client that could not tell its parameters apart: its update must then be reproduced from the batch alone.
-        captured = report.captured if set(trained) <= set(report.captured or {}) else None
-        _check_captured(captured, expected, trained)
-        reading.task = AuditTask(
-            server_round=server_round,
-            client=reading.row.client,
-            node_id=node_id,
-            shared=shared,
-            inputs=report.inputs,
-            labels=report.labels,
-            trace=report.trace,
-            captured=captured,
-            defence=report.defence,
-            num_examples=reading.row.num_examples,
-            source=Source.TRUSTED,
-        )
+        if asked is Source.CLIENT:
+            reading.row = _disclosed(reading.row, report, shared)
+        else:
+            reading.task = _task(reading, report, shared, expected, trained)
     except FLPrivacyError as error:
         reading.row = _changed(reading.row, status=Status.INVALID_REPORT, detail=str(error))
     return reading
+
+
+def _disclosed(row: LeakageEstimate, report: ClientReport, shared: Mapping[str, Array]) -> LeakageEstimate:
+    """Returns a row with what a client says of its own audit, set against the update that arrived."""
+    if report.inputs is not None or report.labels is not None or report.captured is not None:
+        raise RecordError("the report holds a batch, and only an estimate was asked for: it was not looked at")
+    estimate = report.estimate
+    if estimate is None:
+        raise RecordError("the report holds no estimate")
+    dim = sum(array.size for array in shared.values())
+    if estimate.update_dim not in (None, dim):
+        raise RecordError(f"expected an estimate of an update of {dim} parameters, got {estimate.update_dim}")
+    row = estimate.applied(row)
+    arrived = update_norm(shared)
+    if abs(arrived - estimate.shared_norm) > _NORM_RTOL * arrived:
+        changed = (
+            f"the client audited an update of norm {estimate.shared_norm:.3g} and {arrived:.3g} arrived: "
+            "what happened in between is not credited"
+        )
+        row = _changed(row, detail="; ".join(filter(None, [row.detail, changed])))
+    return row
+
+
+def _task(
+    reading: Reading,
+    report: ClientReport,
+    shared: Mapping[str, Array],
+    expected: Mapping[str, Array],
+    trained: Sequence[str],
+) -> AuditTask:
+    """Returns what is to be audited on the server."""
+    if report.inputs is None or report.labels is None or report.trace is None:
+        raise RecordError("the report holds no batch")
+    # A client that could not tell its parameters apart: its update must then be reproduced from the batch alone.
+    captured = report.captured if set(trained) <= set(report.captured or {}) else None
+    _check_captured(captured, expected, trained)
+    return AuditTask(
+        server_round=reading.row.server_round,
+        client=reading.row.client,
+        node_id=reading.node_id,
+        shared=shared,
+        inputs=report.inputs,
+        labels=report.labels,
+        trace=report.trace,
+        captured=captured,
+        defence=report.defence,
+        num_examples=reading.row.num_examples,
+        source=Source.TRUSTED,
+    )
 
 
 def _check_captured(

@@ -20,6 +20,8 @@ class Source(StrEnum):
 
     TRUSTED = "trusted"
     """On the server, at the client's own batch, which the client handed over."""
+    CLIENT = "client"
+    """On the client, which sent scalars of its own making: a claim that the server cannot recompute."""
     NONE = "none"
     """Nowhere: there was nothing to audit, and the row says why."""
 
@@ -36,7 +38,7 @@ class Status(StrEnum):
     UNPROTECTED = "unprotected"
     """The client sent no report (it runs without the mod): nothing is known, so nothing is assumed safe."""
     REFUSED = "refused"
-    """The client runs the mod, but its own configuration does not allow it to hand its batch over."""
+    """The client runs the mod, but its own configuration does not allow what the server asks for."""
     INVALID_UPDATE = "invalid-update"
     """The shared arrays have wrong names, shapes or dtypes, or hold NaN or infinity."""
     INVALID_REPORT = "invalid-report"

@@ -2,122 +2,107 @@
 
 from __future__ import annotations
 
-import os
-import traceback
-from collections.abc import Callable
-from logging import WARNING
+from collections.abc import Mapping, Sequence
 
 from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
-from flwr.supercore import log
 
 from fl_privacy.audit.task import Array
-from fl_privacy.flower.capture import TrainingCapture
-from fl_privacy.flower.records import BATCHES, REPORT_KEY, REQUEST_KEY, ClientReport, encode_report
-
-HAND_OVER_KEY = "fl-privacy-hand-over-batches"
-"""Entry of a node's own configuration that allows or forbids handing batches over."""
-HAND_OVER_VARIABLE = "FL_PRIVACY_HAND_OVER_BATCHES"
-"""Environment variable of a client's machine that allows or forbids it."""
-
-Describe = str | Callable[[Context], str]
+from fl_privacy.flower.records import REPORT_KEY
+from fl_privacy.flower.reporter import Describe, NewModel, Reporter
+from fl_privacy.flower.request import Request
+from fl_privacy.flower.updates import shared_update
+from fl_privacy.influence.update import Loss
 
 
 class InversionAuditMod:
-    """Client mod that reports to the server's audit how an update was made.
+    """Client mod that reports to the server's audit how an update was made, or how much of its data it gives away.
 
-    Put it last in `ClientApp(mods=[...])`: closest to the training, it sees the undefended update. It works at any
-    other place, too. Draw batches from `record_batches(loader)` in the training loop.
+    Draw batches from `record_batches(loader)` in the training loop. What leaves the client is what the server asks for
+    and this client allows, no more:
 
-    Private batches are handed over only where the server asks for them and this client allows it, by
-    `hand_over_batches` here, the environment, or the node's own configuration. Who of the three says no has the last
-    word.
+    - Private batches, for an audit on the server, only with `hand_over_batches`. Put the mod last in
+      `ClientApp(mods=[...])`, closest to the training; any other place works, too.
+    - The scalars of an audit that is made here, with `model` and `loss`. Put the mod first, outside of whatever
+      protects the update: it audits the update as it passes here, and what changes it later is not credited.
+
+    Every option that is `None` can be set where the client runs instead, by an environment variable or in the node's
+    configuration: see `ClientOptions`, and the table in docs/deploy.md. Who says no to something that leaves has the
+    last word, whoever says yes.
 
     Args:
-        hand_over_batches: Whether this app allows batches to be handed over. `None`: it does not say; then the
-            environment variable FL_PRIVACY_HAND_OVER_BATCHES or the node configuration's
-            `fl-privacy-hand-over-batches` must allow it.
+        hand_over_batches: Whether private batches may be handed over.
+        send_estimates: Whether scalars may be sent. If it is not set, giving a model and a loss allows it.
+        reveal_worst: Whether an estimate may say which example leaks most, by index and label.
+        model: For audits on the client: the model that is trained, its class, or a function of the context.
+        loss: For audits on the client: (outputs, labels) -> scalar mean loss, the one that it trains with.
         defence: What this client does to its update, for the report: a text, or a function of the context.
-        max_bytes: Most bytes of examples to hand over.
+        time_limit: Seconds that an audit on the client may take (60).
+        memory_budget: Bytes of graph that it may keep (1 GiB).
+        max_examples: Most examples that it audits (8).
+        max_bytes: Most bytes of examples to keep for the audit, or to hand over (256 MiB).
+        device: Where an audit on the client computes, a torch device name (`cpu`).
+
+    Raises:
+        InvalidInputError: Only one of model and loss is given.
     """
 
     def __init__(
-        self, *, hand_over_batches: bool | None = None, defence: Describe = "", max_bytes: int = 256 * 1024**2
+        self,
+        *,
+        hand_over_batches: bool | None = None,
+        send_estimates: bool | None = None,
+        reveal_worst: bool | None = None,
+        model: NewModel | None = None,
+        loss: Loss | None = None,
+        defence: Describe = "",
+        time_limit: float | None = None,
+        memory_budget: int | None = None,
+        max_examples: int | None = None,
+        max_bytes: int | None = None,
+        device: str | None = None,
     ) -> None:
-        self._hand_over_batches = hand_over_batches
-        self._defence = defence
-        self._max_bytes = max_bytes
+        arguments = {
+            "hand_over_batches": hand_over_batches,
+            "send_estimates": send_estimates,
+            "reveal_worst": reveal_worst,
+            "time_limit": time_limit,
+            "memory_budget": memory_budget,
+            "max_examples": max_examples,
+            "max_bytes": max_bytes,
+            "device": device,
+        }
+        self._reporter = Reporter(model=model, loss=loss, defence=defence, arguments=arguments)
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """Runs the app, and adds a report to its reply if the server asked for one."""
         request = _take_request(message)
         if request is None or not message.metadata.message_type.startswith(MessageType.TRAIN):
             return call_next(message, context)
-        refusal = self._refusal(context, request)
-        if refusal:
+        sent = _arrays(message.content)
+        watch = self._reporter.watch(request, context, sent)
+        with watch.active():
             reply = call_next(message, context)
-            return _with_report(reply, lambda: self._report(context, refused=refusal))
-        capture = TrainingCapture(_arrays(message.content), max_bytes=self._max_bytes)
-        with capture.active():
-            reply = call_next(message, context)
-        return _with_report(reply, lambda: self._report(context, capture=capture))
+        if not reply.has_content():
+            return reply
 
-    def _refusal(self, context: Context, request: str) -> str:
-        if request != BATCHES:
-            return f"the server asks for {request[:80]!r}, which this release does not know"
-        votes = {
-            "the app": self._hand_over_batches,
-            f"the environment ({HAND_OVER_VARIABLE})": _vote(os.environ.get(HAND_OVER_VARIABLE)),
-            f"the node's configuration ({HAND_OVER_KEY})": _vote(context.node_config.get(HAND_OVER_KEY)),
-        }
-        against = [name for name, vote in votes.items() if vote is False]
-        if against:
-            return f"batches are not handed over: {against[0]} forbids it"
-        return "" if True in votes.values() else "batches are not handed over: nothing on this client allows it"
+        def shared(names: Sequence[str]) -> Mapping[str, Array]:
+            return shared_update(reply.content, sent, names)
 
-    def _report(self, context: Context, *, refused: str = "", capture: TrainingCapture | None = None) -> ClientReport:
-        client = str(context.node_config.get("partition-id", context.node_id))
-        defence = self._defence if isinstance(self._defence, str) else self._defence(context)
-        if capture is None:
-            return ClientReport(client=client, defence=defence, refused=refused)
-        trace = capture.trace()
-        if not capture.has_examples:
-            return ClientReport(client=client, defence=defence, refused=trace.problem)
-        inputs, labels = capture.examples()
-        return ClientReport(
-            client=client, defence=defence, inputs=inputs, labels=labels, trace=trace, captured=capture.update()
-        )
+        reply.content = RecordDict({**reply.content, REPORT_KEY: watch.record(shared)})
+        return reply
 
 
-def _take_request(message: Message) -> str | None:
+def _take_request(message: Message) -> Request | None:
     """Removes the server's request from the message's config, so that the app sees its config as it is."""
     if not message.has_content():
         return None
     for record in message.content.config_records.values():
-        if REQUEST_KEY in record:
-            return str(record.pop(REQUEST_KEY))
+        request = Request.take(record)
+        if request is not None:
+            return request
     return None
-
-
-def _with_report(reply: Message, report: Callable[[], ClientReport]) -> Message:
-    """Adds the report to a reply. A report that cannot be made must not cost the client its training."""
-    if not reply.has_content():
-        return reply
-    try:
-        record = encode_report(report())
-    except Exception as error:
-        log(WARNING, "fl_privacy: the report to the audit could not be made:\n%s", traceback.format_exc())
-        record = encode_report(ClientReport(client="", refused=f"the client could not make its report: {error}"))
-    reply.content = RecordDict({**reply.content, REPORT_KEY: record})
-    return reply
 
 
 def _arrays(content: RecordDict) -> dict[str, Array]:
     return {name: array.numpy() for record in content.array_records.values() for name, array in record.items()}
-
-
-def _vote(value: object) -> bool | None:
-    """Reads a setting as it comes from an environment variable or a node's configuration."""
-    if value is None:
-        return None
-    return str(value).strip().lower() in ("1", "true", "yes", "on")

@@ -1,6 +1,7 @@
 """The record in which a client reports to the audit, and how it is read.
 
-A report is one `ConfigRecord` of a reply: plain values, and arrays as raw bytes beside their type and shape. Reading
+A report is one `ConfigRecord` of a reply: plain values, and arrays as raw bytes beside their type and shape. There are
+two kinds: the batches behind an update, or the scalars of an audit that the client made itself. Reading
 one executes nothing, allocates no more than the bytes that arrived, and checks everything it relies on.
 """
 
@@ -17,6 +18,7 @@ from flwr.app import ConfigRecord
 
 from fl_privacy.audit.task import Array, TrainingTrace
 from fl_privacy.errors import RecordError
+from fl_privacy.flower.disclosure import Disclosure
 
 REPORT_KEY = "fl_privacy.report"
 """Name of the report's record in a reply."""
@@ -24,6 +26,8 @@ REQUEST_KEY = "fl-privacy-request"
 """Entry of a training message's config by which the server asks for a report."""
 BATCHES = "batches"
 """The request for the batches behind an update."""
+ESTIMATE = "estimate"
+"""The request for the scalars of an audit that the client makes itself."""
 
 _VERSION = 1
 _DTYPES = ("float32", "float64", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
@@ -41,6 +45,7 @@ class ClientReport:
         labels: `[N, ...]`.
         trace: How the update was made.
         captured: The update before any defence, by parameter name.
+        estimate: The scalars of the client's own audit, in place of all arrays.
     """
 
     client: str
@@ -50,6 +55,7 @@ class ClientReport:
     labels: Array | None = None
     trace: TrainingTrace | None = None
     captured: Mapping[str, Array] | None = None
+    estimate: Disclosure | None = None
 
 
 def encode_report(report: ClientReport) -> ConfigRecord:
@@ -64,6 +70,7 @@ def encode_report(report: ClientReport) -> ConfigRecord:
         "defence": report.defence,
         "refused": report.refused,
         "trace": None if report.trace is None else asdict(report.trace),
+        "estimate": None if report.estimate is None else report.estimate.to_dict(),
         "arrays": {name: [array.dtype.name, list(array.shape)] for name, array in arrays.items()},
     }
     payload = {f"array/{name}": np.ascontiguousarray(array).tobytes() for name, array in arrays.items()}
@@ -88,7 +95,7 @@ def decode_report(record: Any, *, max_bytes: int) -> ClientReport:
     head = _head(record)
     listed = _expect(head.get("arrays"), dict, "arrays")
     arrays = {name: _array(record, name, entry) for name, entry in listed.items()}
-    trace = head.get("trace")
+    trace, estimate = head.get("trace"), head.get("estimate")
     captured = {name.removeprefix("captured/"): a for name, a in arrays.items() if name.startswith("captured/")}
     return ClientReport(
         client=_text(head, "client"),
@@ -98,6 +105,7 @@ def decode_report(record: Any, *, max_bytes: int) -> ClientReport:
         labels=arrays.get("labels"),
         trace=None if trace is None else _trace(_expect(trace, dict, "trace")),
         captured=captured or None,
+        estimate=None if estimate is None else Disclosure.from_dict(_expect(estimate, dict, "estimate")),
     )
 
 
