@@ -108,6 +108,8 @@ class InversionAudit(Strategy):
         self.result: Result | None = None
         self._names: dict[int, str] = {}
         self._auditor = Auditor(model, loss, settings=settings, executor=executor, time_limit=time_limit)
+        own = self.source is Source.CLIENT
+        self._request = Request.for_estimate(self._auditor.settings) if own else Request()
         self._layout = ParameterLayout.of(model)
         self._ledger = None if ledger is None else Ledger(ledger)
         self._ledger_name = "" if ledger is None else str(ledger)
@@ -191,7 +193,7 @@ class InversionAudit(Strategy):
             list(replies),
             self._arrays,
             self._layout.names,
-            asked=self.source,
+            request=self._request,
             max_report_bytes=self._max_report_bytes,
             names=self._names,
         )

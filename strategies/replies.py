@@ -11,7 +11,8 @@ from flwr.app import ArrayRecord, Message
 from fl_privacy.audit.estimate import LeakageEstimate, Source, Status
 from fl_privacy.audit.task import Array, AuditTask
 from fl_privacy.errors import FLPrivacyError, RecordError
-from fl_privacy.flower.records import REPORT_KEY, ClientReport, decode_report
+from fl_privacy.flower.records import ESTIMATE, REPORT_KEY, ClientReport, decode_report
+from fl_privacy.flower.request import Request
 from fl_privacy.flower.updates import UnusableUpdateError, shared_update, update_norm
 
 _NORM_RTOL = 0.01
@@ -44,7 +45,7 @@ def read_replies(
     arrays: ArrayRecord,
     trained: Sequence[str],
     *,
-    asked: Source,
+    request: Request,
     max_report_bytes: int,
     names: dict[int, str],
 ) -> list[Reading]:
@@ -56,7 +57,7 @@ def read_replies(
         replies: What came back.
         arrays: The global arrays that were sent.
         trained: Names of the trained parameters.
-        asked: What clients were asked for, by the source that it makes possible; anything else they send is refused.
+        request: What clients were asked for; anything else they send is refused.
         max_report_bytes: Most bytes of a client's report to accept.
         names: By node id, the names that clients gave in their reports: a client that later fails keeps its name.
             What is learned of this round is added.
@@ -67,7 +68,7 @@ def read_replies(
     readings = []
     for reply in replies:
         node_id = node_of.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
-        readings.append(_read(server_round, node_id, reply, expected, trained, asked, max_report_bytes))
+        readings.append(_read(server_round, node_id, reply, expected, trained, request, max_report_bytes))
         if node_id in silent:
             del silent[node_id]
         elif node_id in node_of.values():
@@ -89,7 +90,7 @@ def _read(
     reply: Message,
     expected: Mapping[str, Array],
     trained: Sequence[str],
-    asked: Source,
+    request: Request,
     max_report_bytes: int,
 ) -> Reading:
     if reply.has_error():
@@ -122,8 +123,8 @@ def _read(
         reading.row = _changed(reading.row, status=Status.REFUSED, detail=report.refused)
         return reading
     try:
-        if asked is Source.CLIENT:
-            reading.row = _disclosed(reading.row, report, shared)
+        if request.kind == ESTIMATE:
+            reading.row = _disclosed(reading.row, report, shared, request)
         else:
             reading.task = _task(reading, report, shared, expected, trained)
     except FLPrivacyError as error:
@@ -131,7 +132,9 @@ def _read(
     return reading
 
 
-def _disclosed(row: LeakageEstimate, report: ClientReport, shared: Mapping[str, Array]) -> LeakageEstimate:
+def _disclosed(
+    row: LeakageEstimate, report: ClientReport, shared: Mapping[str, Array], request: Request
+) -> LeakageEstimate:
     """Returns a row with what a client says of its own audit, set against the update that arrived."""
     if report.inputs is not None or report.labels is not None or report.captured is not None:
         raise RecordError("the report holds a batch, and only an estimate was asked for: it was not looked at")
@@ -141,6 +144,10 @@ def _disclosed(row: LeakageEstimate, report: ClientReport, shared: Mapping[str, 
     dim = sum(array.size for array in shared.values())
     if estimate.update_dim not in (None, dim):
         raise RecordError(f"expected an estimate of an update of {dim} parameters, got {estimate.update_dim}")
+    for name, wanted in request.fixed.items():
+        told = getattr(estimate, name)
+        if estimate.leakage is not None and told != wanted:
+            raise RecordError(f"expected an estimate for {name} of {wanted}, as asked, got {told}")
     row = estimate.applied(row)
     arrived = update_norm(shared)
     if abs(arrived - estimate.shared_norm) > _NORM_RTOL * arrived:

@@ -103,7 +103,7 @@ class Disclosure:
         """
         if row.status not in _STATUSES:
             raise ValueError(f"expected the status of an audit, got {row.status}")
-        shared_norm = _rounded(shared_norm, ROUND_HALF_EVEN)
+        shared_norm = rounded(shared_norm)
         if row.leakage is None:
             status = row.status if not row.status.has_estimate else Status.AUDIT_FAILED
             return cls(status=status, shared_norm=shared_norm)
@@ -112,17 +112,15 @@ class Disclosure:
         for name in _SIZES:
             number = getattr(row, name)
             if number is not None and math.isfinite(number):
-                sizes[name] = _rounded(number, rounding.get(name, ROUND_HALF_EVEN))
+                sizes[name] = rounded(number, rounding.get(name, ROUND_HALF_EVEN))
             elif name in _ALWAYS:
                 return cls(status=Status.AUDIT_FAILED, shared_norm=shared_norm)
         lower, value, upper = row.leakage
         return cls(
             status=row.status,
             shared_norm=shared_norm,
-            leakage=Interval(
-                _rounded(lower, ROUND_FLOOR), _rounded(value, ROUND_HALF_EVEN), _rounded(upper, ROUND_CEILING)
-            ),
-            psnr=None if row.psnr is None else _rounded(row.psnr, ROUND_HALF_EVEN),
+            leakage=Interval(rounded(lower, ROUND_FLOOR), rounded(value), rounded(upper, ROUND_CEILING)),
+            psnr=None if row.psnr is None else rounded(row.psnr),
             **{name: getattr(row, name) for name in (*_TEXTS, *_FLAGS, *_COUNTS)},
             **sizes,
             **({name: getattr(row, name) for name in _WORST} if reveal_worst else {}),
@@ -181,7 +179,8 @@ class Disclosure:
         )
 
 
-def _rounded(value: float, rounding: str) -> float:
+def rounded(value: float, rounding: str = ROUND_HALF_EVEN) -> float:
+    """Returns a number with as many digits as may leave."""
     if not math.isfinite(value):
         return value
     return float(Context(prec=DIGITS, rounding=rounding).create_decimal(repr(float(value))))

@@ -9,6 +9,7 @@ from typing import Any
 
 from fl_privacy.audit.settings import AuditSettings
 from fl_privacy.errors import FLPrivacyError, RecordError
+from fl_privacy.flower.disclosure import rounded
 from fl_privacy.flower.options import ClientOptions
 from fl_privacy.flower.records import BATCHES, ESTIMATE, REQUEST_KEY
 
@@ -47,6 +48,16 @@ class Request:
         """Returns the entries that carry the request in a config."""
         return {REQUEST_KEY: self.kind} | ({SETTINGS_KEY: self.settings} if self.settings else {})
 
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """What an estimate must be of, as the client will round it when it tells: the scales only where one was set."""
+        asked = json.loads(self.settings or "{}")
+        return {
+            name: rounded(value) if isinstance(value, float) else value
+            for name in ("unit", "target_leakage", "prior_std")
+            if (value := asked.get(name)) is not None
+        }
+
     def settings_for(self, options: ClientOptions) -> AuditSettings:
         """Returns settings of an audit on the client: what the server asks, at no more than the client allows.
 
@@ -55,8 +66,8 @@ class Request:
         """
         try:
             asked = json.loads(self.settings or "{}")
-            chosen = {name: asked[name] for name in _ASKED if name in asked}
+            chosen = {name: value for name, value in asked.items() if name in _ASKED}
             most = min(int(chosen.pop("max_examples", options.max_examples)), options.max_examples)
             return AuditSettings(**chosen, max_examples=most, memory_budget=options.memory_budget)
-        except (ValueError, TypeError, RecursionError, OverflowError, FLPrivacyError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError, OverflowError, FLPrivacyError) as error:
             raise RecordError(f"expected settings of an audit from the server, got {self.settings[:80]!r}") from error
