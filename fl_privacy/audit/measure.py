@@ -15,18 +15,16 @@ from torch import Tensor
 
 from fl_privacy.audit.curve import ExampleLeakage, LeakageCurve
 from fl_privacy.audit.estimate import MAX_EXAMPLES, LeakageEstimate, Status
-from fl_privacy.audit.perturbation import observed_perturbation
+from fl_privacy.audit.exposure import Exposure, exposure
+from fl_privacy.audit.perturbation import NoiseBlocks, noise_blocks, observed_perturbation
 from fl_privacy.audit.replay import AuditContext, Replay, flat_update, replay_training, to_tensor
 from fl_privacy.audit.settings import AuditSettings
 from fl_privacy.audit.task import Array, AuditTask
-from fl_privacy.influence.i2f import influence, influence_lower_bound
 from fl_privacy.influence.jacobian import UpdateJacobian
 from fl_privacy.influence.layout import ParameterLayout
 from fl_privacy.influence.spectrum import Spectrum, estimate_spectrum
 from fl_privacy.interval import Interval
 
-_WIDE = 0.05
-"""Width of a leakage interval beyond which limited precision sends an audit from float32 to float64."""
 _CURVE_POINTS, _CURVE_SPAN = 17, 1e-6
 """Noise levels of a row's curve, and how far below the largest the smallest may be."""
 
@@ -143,33 +141,26 @@ def _measure(
         max_steps=settings.max_steps,
         seed=settings.seed,
     )
-    sigma = credited[client_of]
-    epsilon = _ridge(sigma, settings)
-    # The scale is known to its standard error: two of them less of noise, or more, are as compatible with what arrived.
-    doubt = (2 * seen.scale_error / seen.scale).double()[client_of]
-    leakage = Interval(
-        spectrum.leakage_at(_ridge(sigma / (1 - doubt).clamp(min=1e-3), settings)).lower,
-        spectrum.leakage_at(epsilon).value,
-        spectrum.leakage_at(_ridge(sigma / (1 + doubt), settings)).upper,
-    )
     required = spectrum.required_noise_std(settings.target_leakage, settings.prior_std)
-    # Below what floating point knows of G a smaller ridge changes digits that are not there.
-    solvable = torch.maximum(epsilon, 10 * spectrum.resolution)
-    delta = seen.delta[client_of]
-    solved = influence(jacobian, delta, ridge=solvable, rtol=settings.solve_rtol, max_steps=settings.solve_steps)
-    bound = influence_lower_bound(jacobian, delta)
-    bias = spectrum.bias(solvable.sqrt() * settings.prior_std, settings.prior_std).value
-    rmse = (solved.norm.double() ** 2 / jacobian.input_dim + bias).sqrt()
+    # The scale is known to its standard error.
+    doubt = (2 * seen.scale_error / seen.scale).double()
+    found = exposure(jacobian, spectrum, seen.delta[client_of], credited[client_of], doubt[client_of], settings)
+    blocks = noise_blocks(shared, replay.reference, layout.sizes)
+    split = blocks.split & replay.verified
+    if split.any():
+        mine = split[client_of].nonzero().squeeze(1)
+        found = found.worst(mine, _leaning(jacobian.select(mine), shared, replay, blocks, client_of[mine], settings))
 
     curves = _curves(spectrum, client_of, settings.prior_std)
-    blurred = ~spectrum.resolved(epsilon) & (leakage.upper - leakage.lower > _WIDE)
     rows = []
     for index, task in enumerate(group):
         mine = (client_of == index).nonzero().squeeze(1)
         # The worst of the client's examples; of equally bad ones, the one that needs the most noise.
-        worst = max(mine.tolist(), key=lambda u: (_or(leakage.value[u], -1.0), _or(required[u], -1.0)))
-        status, detail = _judge(task, replay, index, spectrum, solved.converged, mine, settings)
-        if blurred[mine].any() and dtype == torch.float64:
+        worst = max(mine.tolist(), key=lambda u: (_or(found.leakage.value[u], -1.0), _or(required[u], -1.0)))
+        status, detail = _judge(task, replay, index, found, mine, settings)
+        if split[index]:
+            detail = _join(detail, _uneven(blocks, index))
+        if found.blurred[mine].any() and dtype == torch.float64:
             detail = _join(detail, "precision limits the interval: the noise is below what float64 resolves")
         example = examples[index][worst % units] if settings.unit == "example" else None
         rows.append(
@@ -177,16 +168,16 @@ def _measure(
                 task.row(status, detail=detail),
                 unit=settings.unit,
                 units_audited=units,
-                leakage=Interval(*(float(part[worst]) for part in leakage)),
-                leakage_mean=float(leakage.value[mine].mean()),
+                leakage=Interval(*(float(part[worst]) for part in found.leakage)),
+                leakage_mean=float(found.leakage.value[mine].mean()),
                 worst_example=example,
                 worst_label=_class_of(task, example),
-                rmse=float(rmse[worst]),
-                psnr=_psnr(float(rmse[worst]), settings.data_range),
-                i2f=float(solved.norm[worst]),
-                lower_bound=float(bound[worst]),
+                rmse=float(found.rmse[worst]),
+                psnr=_psnr(float(found.rmse[worst]), settings.data_range),
+                i2f=float(found.influence[worst]),
+                lower_bound=float(found.lower_bound[worst]),
                 curve=curves[index],
-                examples=_spread(task, examples[index], leakage.value[mine], required[mine], settings),
+                examples=_spread(task, examples[index], found.leakage.value[mine], required[mine], settings),
                 update_norm=float(seen.update_norm[index]),
                 perturbation_norm=float(seen.norm[index]),
                 cosine=float(seen.cosine[index]),
@@ -194,23 +185,23 @@ def _measure(
                 scale=float(seen.scale[index]),
                 noise_std=float(credited[index]),
                 prior_std=settings.prior_std,
-                ridge=float(epsilon[worst]),
+                ridge=float(found.ridge[worst]),
                 target_leakage=settings.target_leakage,
                 required_noise_std=float(required[mine].max()),
                 required_noise_norm=float(required[mine].max()) * math.sqrt(jacobian.update_dim),
                 verified=bool(replay.verified[index]),
-                converged=bool(solved.converged[mine].all()) and _tight(spectrum, mine, settings),
-                residual=float(solved.residual[worst]),
+                converged=bool((found.solved & found.tight)[mine].all()),
+                residual=float(found.residual[worst]),
                 replay_error=_number(replay.error[index]),
                 input_dim=jacobian.input_dim,
                 update_dim=jacobian.update_dim,
-                products=int((spectrum.products + solved.products)[mine].sum()),
+                products=int(found.products[mine].sum()),
                 device=str(device),
                 dtype=str(dtype).removeprefix("torch."),
                 batch_norm=replay.update.batch_norm,
             )
         )
-    return rows, [bool(blurred[client_of == index].any()) for index in range(len(group))]
+    return rows, [bool(found.blurred[client_of == index].any()) for index in range(len(group))]
 
 
 def _check_time(deadline: float) -> None:
@@ -218,10 +209,34 @@ def _check_time(deadline: float) -> None:
         raise _DeadlineError
 
 
-def _ridge(sigma: Tensor, settings: AuditSettings) -> Tensor:
-    """ε = σ²/τ² of each unit, unless the settings give one."""
-    assert settings.prior_std is not None
-    return (sigma / settings.prior_std) ** 2 if settings.ridge is None else torch.full_like(sigma, settings.ridge)
+def _leaning(
+    jacobian: UpdateJacobian,
+    shared: Tensor,
+    replay: Replay,
+    blocks: NoiseBlocks,
+    client_of: Tensor,
+    settings: AuditSettings,
+) -> Exposure:
+    """Returns what an attacker recovers who leans on the entries that carry the least noise: J and δ weighted so."""
+    weights = blocks.weights[client_of].to(jacobian.dtype)
+    leaning = jacobian.weighted(weights)
+    delta = shared / blocks.scale[:, None].to(shared) - replay.reference
+    doubt = (2 * blocks.scale_error / blocks.scale)[client_of]
+    spectrum = estimate_spectrum(
+        leaning,
+        num_probes=settings.num_probes,
+        rtol=settings.rtol,
+        max_steps=settings.max_steps,
+        seed=settings.seed,
+    )
+    return exposure(leaning, spectrum, weights * delta[client_of], blocks.least[client_of], doubt, settings)
+
+
+def _uneven(blocks: NoiseBlocks, index: int) -> str:
+    zeroed, least = float(blocks.zeroed[index]), float(blocks.least[index])
+    found = f"{zeroed:.0%} of the entries were zeroed" if zeroed > 0 else "noise differs between layers"
+    rest = f"carries noise of {least:.2g} each" if least else "is exact"
+    return f"{found}: an attacker leans on the rest, which {rest}"
 
 
 def _curves(spectrum: Spectrum, client_of: Tensor, prior_std: float) -> list[LeakageCurve | None]:
@@ -263,30 +278,19 @@ def _spread(
 
 
 def _judge(
-    task: AuditTask,
-    replay: Replay,
-    index: int,
-    spectrum: Spectrum,
-    solved: Tensor,
-    mine: Tensor,
-    settings: AuditSettings,
+    task: AuditTask, replay: Replay, index: int, found: Exposure, mine: Tensor, settings: AuditSettings
 ) -> tuple[Status, str]:
-    if spectrum.failed[mine].any():
+    if found.failed[mine].any():
         return Status.AUDIT_FAILED, "products with the Jacobian were not finite: training has diverged"
     if not replay.verified[index]:
         error = _number(replay.error[index])
-        found = "nothing was captured to compare with" if error is None else f"replay differs by {error:.1e}"
-        return Status.UNVERIFIED, task.trace.problem or f"local training was not reproduced: {found}"
-    if not _tight(spectrum, mine, settings):
+        compared = "nothing was captured to compare with" if error is None else f"replay differs by {error:.1e}"
+        return Status.UNVERIFIED, task.trace.problem or f"local training was not reproduced: {compared}"
+    if not found.tight[mine].all():
         return Status.UNCONVERGED, f"stopped after {settings.max_steps} Lanczos steps a probe; the interval holds"
-    if not solved[mine].all():
+    if not found.solved[mine].all():
         return Status.AUDITED, f"I²F not solved to {settings.solve_rtol:g} within {settings.solve_steps} products"
     return Status.AUDITED, ""
-
-
-def _tight(spectrum: Spectrum, mine: Tensor, settings: AuditSettings) -> bool:
-    """Whether the two quadrature rules agree to the tolerance wherever floating point can tell them apart."""
-    return bool((spectrum.gap(10 * spectrum.resolution)[mine] <= 2 * settings.rtol).all())
 
 
 def _chosen_examples(task: AuditTask, settings: AuditSettings) -> list[int]:

@@ -73,6 +73,7 @@ class UpdateJacobian:
             rows = torch.arange(len(inputs), device=inputs.device)
             self._inputs, self._labels = inputs[rows, private, None], labels[rows, private, None]
             self._slot, self._scale = None, 1.0 / inputs.shape[1]
+        self._weights: Tensor | None = None
         self._lane_bytes: int | None = None
         self._kept: dict[int, Linearization] = {}
 
@@ -119,24 +120,30 @@ class UpdateJacobian:
         """Returns u(x) `[U, P]`, the undefended update of the whole batch."""
         inputs, labels = self._batch
         chunks = [slice(i, i + self.lanes_per_pass) for i in range(0, self.num_units, self.lanes_per_pass)]
-        return torch.cat(
+        update = torch.cat(
             [self._update.update(self._params, self._lanes(inputs[c]), inputs[c], labels[c]) for c in chunks]
         )
+        return update if self._weights is None else self._weights * update
 
     def jvp(self, vectors: Tensor) -> Tensor:
         """Returns J·v `[U, P]` for v `[U, D]`."""
-        return self._apply(
+        product = self._apply(
             lambda lin, v, lanes: self._scaled(lin.jvp(self._spread(v, lanes)), 1), vectors, self.input_dim
         )
+        return product if self._weights is None else self._weights * product
 
     def vjp(self, vectors: Tensor) -> Tensor:
         """Returns Jᵀ·w `[U, D]` for w `[U, P]`."""
+        if self._weights is not None and vectors.shape == self._weights.shape:
+            vectors = self._weights * vectors
         return self._apply(
             lambda lin, w, lanes: self._scaled(self._gathered(lin.vjp(w), lanes), 1), vectors, self.update_dim
         )
 
     def gram(self, vectors: Tensor) -> Tensor:
         """Returns G·v = JᵀJ·v `[U, D]` for v `[U, D]`."""
+        if self._weights is not None:
+            return self.vjp(self.jvp(vectors))
         return self._apply(
             lambda lin, v, lanes: self._scaled(self._gathered(lin.gram(self._spread(v, lanes)), lanes), 2),
             vectors,
@@ -161,6 +168,7 @@ class UpdateJacobian:
         chosen._inputs, chosen._labels = self._inputs[units], self._labels[units]
         chosen._private = None if self._private is None else self._private[units]
         chosen._slot = None if self._slot is None else self._slot[units]
+        chosen._weights = None if self._weights is None else self._weights[units]
         chosen._kept = {}
         return chosen
 
@@ -197,10 +205,33 @@ class UpdateJacobian:
         changed._inputs = moved if self._slot is None else batch
         return changed
 
+    def weighted(self, weights: Tensor) -> UpdateJacobian:
+        """Returns diag(w)J, the Jacobian of an update whose entries are multiplied by weights w `[U, P]`.
+
+        With w = 1/σ entry by entry, updates are measured in units of their noise; w = 0 leaves a row of J out.
+
+        Raises:
+            InvalidInputError: Wrong shape, dtype or device, NaN or infinity.
+        """
+        if (
+            weights.shape != (self.num_units, self.update_dim)
+            or weights.dtype != self.dtype
+            or weights.device != self.device
+            or not torch.isfinite(weights).all()
+        ):
+            raise InvalidInputError(
+                f"expected finite weights [{self.num_units}, {self.update_dim}] of {self.dtype} on {self.device}, "
+                f"got {list(weights.shape)} of {weights.dtype} on {weights.device}"
+            )
+        chosen = object.__new__(UpdateJacobian)
+        chosen.__dict__.update(self.__dict__)
+        chosen._weights = weights if self._weights is None else self._weights * weights
+        return chosen
+
     def to(self, dtype: torch.dtype) -> UpdateJacobian:
         """Returns the same Jacobian in another floating-point type."""
         inputs, labels = self._batch
-        return UpdateJacobian(
+        converted = UpdateJacobian(
             self._update,
             {name: p.to(dtype) if p.is_floating_point() else p for name, p in self._params.items()},
             inputs.to(dtype),
@@ -209,6 +240,7 @@ class UpdateJacobian:
             memory_budget=self._memory_budget,
             before_pass=self._before_pass,
         )
+        return converted if self._weights is None else converted.weighted(self._weights.to(dtype))
 
     @property
     def lane_bytes(self) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fl_privacy.audit import Auditor, AuditSettings, SerialExecutor, Status, TrainingTrace
-from fl_privacy.audit.perturbation import observed_perturbation
+from fl_privacy.audit.perturbation import noise_blocks, observed_perturbation
 from fl_privacy.errors import InvalidInputError
 
 from .cases import examples, new_model, new_task, noisy, params_of
@@ -217,3 +217,49 @@ class TestPrior:
         )[0]
         assert row.prior_std == 0.25
         assert row.ridge == pytest.approx((row.noise_std / 0.25) ** 2)
+
+
+class TestNoiseBlocks:
+    SIZES = (2000, 30, 700, 10)
+
+    def honest(self, *, laplace):
+        generator = torch.Generator().manual_seed(1)
+        update = torch.randn(200, sum(self.SIZES), generator=generator, dtype=torch.float64) ** 3
+        noise = torch.randn(update.shape, generator=generator, dtype=torch.float64)
+        if laplace:
+            noise = noise * torch.empty_like(noise).exponential_(generator=generator).sqrt()
+        return update, update + 0.3 * noise
+
+    @pytest.mark.parametrize("laplace", [False, True])
+    def test_noise_of_one_strength_is_not_split(self, laplace):
+        update, shared = self.honest(laplace=laplace)
+        blocks = noise_blocks(0.2 * shared, update, self.SIZES)
+        assert not blocks.split.any()
+        assert (blocks.weights == 1).all()
+
+    def test_a_noisy_layer_is_told_from_the_others_and_clipping_is_seen_through(self):
+        update, shared = self.honest(laplace=False)
+        shared[:, :2000] += 30 * torch.randn(200, 2000, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        blocks = noise_blocks(0.2 * shared, update, self.SIZES)
+        assert blocks.split.all()
+        torch.testing.assert_close(blocks.std[:, 2100].median(), torch.tensor(0.3).double(), rtol=0.02, atol=0)
+        torch.testing.assert_close(blocks.std[:, 0].median(), torch.tensor(30.0).double(), rtol=0.02, atol=0)
+        off = (blocks.scale / 0.2 - 1) / (blocks.scale_error / 0.2)
+        assert off.square().mean().sqrt() == pytest.approx(1, rel=0.2)  # the standard error is one
+
+    def test_what_is_left_of_a_pruned_update_is_exact_whatever_the_scale(self):
+        update, _ = self.honest(laplace=False)
+        shared = torch.where(update.abs() > 1, 0.01 * update, 0.0)
+        blocks = noise_blocks(shared, update, self.SIZES)
+        assert blocks.split.all()
+        torch.testing.assert_close(blocks.scale, torch.full((200,), 0.01, dtype=torch.float64))
+        assert torch.equal(blocks.weights, (shared != 0).double())
+        torch.testing.assert_close(blocks.zeroed, (shared == 0).double().mean(-1))
+
+    @pytest.mark.parametrize("shared", [0.0, -1.0, 1.0])
+    def test_an_update_that_is_gone_turned_around_or_untouched_gives_finite_numbers(self, shared):
+        update = torch.ones(1, 100, dtype=torch.float64)
+        blocks = noise_blocks(shared * update, update, [90, 10])
+        assert not blocks.split.any()
+        for part in (blocks.std, blocks.scale, blocks.scale_error, blocks.weights):
+            assert torch.isfinite(part).all()

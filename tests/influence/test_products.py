@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_privacy import LocalTrainingUpdate, UpdateJacobian
+from fl_privacy import LocalTrainingUpdate, UpdateJacobian, estimate_spectrum
+from fl_privacy.errors import InvalidInputError
 
 from .cases import (
     BY_NAME,
@@ -80,6 +81,31 @@ def check(case: Case, sgd: Sgd | None, examples: int, private: Tensor | None, dt
     gap = (jacobian.jvp(v.to(dtype)) * w).sum(-1) - (v * jacobian.vjp(w.to(dtype))).sum(-1)
     scale = torch.linalg.vector_norm(jv, dim=-1) * torch.linalg.vector_norm(w, dim=-1)
     assert (gap.abs() <= 100 * torch.finfo(dtype).eps * scale).all()
+
+
+@pytest.mark.parametrize("private", [None, PRIVATE], ids=["batch", "example"])
+def test_weighted_rows_equal_the_dense_reference(private: Tensor | None) -> None:
+    u, whole = reference("mlp", None, UNITS, 3)
+    dense = columns_of(whole, private, 3)
+    weights = random(*dense.shape[:2], seed=3) * (random(*dense.shape[:2], seed=4) > 0)  # half of the rows left out
+    jacobian = built(BY_NAME["mlp"], None, 3, private, torch.float64).weighted(weights)
+    dense = weights[:, :, None] * dense
+    v, w = random(UNITS, dense.shape[2], seed=1), random(UNITS, dense.shape[1], seed=2)
+    assert close(jacobian.update(), weights * u, 1e-8)
+    assert close(jacobian.jvp(v), torch.einsum("upd,ud->up", dense, v), 1e-8)
+    assert close(jacobian.vjp(w), torch.einsum("upd,up->ud", dense, w), 1e-8)
+    gram = torch.einsum("upd,upe->ude", dense, dense)
+    assert close(jacobian.gram(v), torch.einsum("ude,ue->ud", gram, v), 1e-8)
+    second = jacobian.select(torch.tensor([1, 1]))
+    assert close(second.gram(v), torch.einsum("de,ue->ud", gram[1], v), 1e-8)
+    assert jacobian.to(torch.float32).jvp(v.float()).double() == pytest.approx(jacobian.jvp(v), rel=1e-2, abs=1e-4)
+    spectrum = estimate_spectrum(jacobian, num_probes=4, max_steps=64)
+    torch.testing.assert_close(spectrum.largest, torch.linalg.eigvalsh(gram)[:, -1], rtol=1e-8, atol=0)
+    again = jacobian.weighted(weights)
+    assert close(again.jvp(v), weights * torch.einsum("upd,ud->up", dense, v), 1e-8)
+    for wrong in (weights[:1], weights.float(), weights / 0):
+        with pytest.raises(InvalidInputError, match="expected finite weights"):
+            jacobian.weighted(wrong)
 
 
 OPTIMISERS = {
