@@ -17,6 +17,7 @@ from rich.console import Console
 from fl_privacy.audit.chain import Verification
 from fl_privacy.audit.ledger import Ledger, LedgerEntry
 from fl_privacy.audit.table import round_table
+from fl_privacy.commands.report import report
 from fl_privacy.commands.study import study
 from fl_privacy.commands.validate import validate
 from fl_privacy.errors import LedgerError
@@ -103,6 +104,7 @@ def show(
         typer.echo("no rows match", err=True)
 
 
+app.command(epilog="Exit codes: 0 written, 1 written, but the ledger was tampered with, 2 nothing written.")(report)
 app.command(epilog="Exit codes: 0 done, 2 wrong usage or missing data.")(validate)
 app.add_typer(study, name="study")
 

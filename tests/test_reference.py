@@ -12,8 +12,8 @@ from PIL import Image
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fl_privacy.extras import require
 from fl_privacy.reference import DATASETS, MODELS, ImageSet, build_model, init_uniform_, load_dataset
-from fl_privacy.reference.extras import require
 
 REAL_DATA = Path(os.environ.get("FL_PRIVACY_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

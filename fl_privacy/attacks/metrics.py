@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fl_privacy.errors import InvalidInputError
-from fl_privacy.reference.extras import require
+from fl_privacy.extras import require
 
 
 def rmse(rebuilt: Tensor, truth: Tensor) -> Tensor:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Decimal
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from fl_privacy.audit.estimate import LeakageEstimate, Status
+from fl_privacy.audit.wording import ABSENT, leakage_text, natural_key, number_text, plain, shortened
 from fl_privacy.interval import Interval
 
-_ABSENT = "-"
 _HIGH, _SOME = 0.5, 0.1
 """Leakage above which a row is red, and above which it is yellow."""
 _NOTE_LENGTH, _MAX_NOTES, _MAX_NAMES = 160, 12, 6
@@ -32,7 +30,7 @@ def round_table(estimates: Iterable[LeakageEstimate], *, title: str | None = Non
         estimates: The rows of the round; printed in natural order of the clients' names.
         title: What to print above the table.
     """
-    rows = sorted(estimates, key=lambda row: _natural(row.client))
+    rows = sorted(estimates, key=lambda row: natural_key(row.client))
     table = _table(title)
     table.add_column("client", overflow="fold", max_width=22)
     table.add_column("examples", justify="right", no_wrap=True)
@@ -45,14 +43,14 @@ def round_table(estimates: Iterable[LeakageEstimate], *, title: str | None = Non
     for row in rows:
         excluded = "" if row.action == "passed" else f", {row.action}"
         table.add_row(
-            Text(_plain(row.client)),
-            _ABSENT if row.num_examples is None else str(row.num_examples),
-            Text(_plain(row.defence) or _ABSENT),
-            Text(_leakage(row.leakage), style=_leakage_style(row.leakage)),
-            _number(row.rmse),
-            _ABSENT if row.psnr is None else f"{row.psnr:.1f}",
-            _number(row.required_noise_std),
-            Text(_plain(f"{row.status}{excluded}"), style=_status_style(row.status)),
+            Text(plain(row.client)),
+            ABSENT if row.num_examples is None else str(row.num_examples),
+            Text(plain(row.defence) or ABSENT),
+            Text(leakage_text(row.leakage), style=_leakage_style(row.leakage)),
+            number_text(row.rmse),
+            ABSENT if row.psnr is None else f"{row.psnr:.1f}",
+            number_text(row.required_noise_std),
+            Text(plain(f"{row.status}{excluded}"), style=_status_style(row.status)),
         )
     table.caption = _notes(rows)
     return table
@@ -71,7 +69,7 @@ def summary_table(estimates: Iterable[LeakageEstimate], *, title: str | None = N
     clients: dict[str, _History] = {}
     for row in estimates:
         clients.setdefault(row.client, _History()).add(row)
-    histories = sorted(clients.items(), key=lambda item: _natural(item[0]))
+    histories = sorted(clients.items(), key=lambda item: natural_key(item[0]))
     table = _table(title)
     table.add_column("client", overflow="fold", max_width=22)
     table.add_column("rounds", justify="right", no_wrap=True)
@@ -88,12 +86,12 @@ def summary_table(estimates: Iterable[LeakageEstimate], *, title: str | None = N
         worst, last = history.worst, history.last
         statuses = ", ".join(f"{status} {count}" for status, count in history.statuses.items())
         table.add_row(
-            Text(_plain(client)),
+            Text(plain(client)),
             str(len(history.rounds)),
             _leakage_cell(worst),
-            str(worst.server_round) if worst else _ABSENT,
+            str(worst.server_round) if worst else ABSENT,
             _leakage_cell(last),
-            _number(history.neediest.required_noise_std if history.neediest else None),
+            number_text(history.neediest.required_noise_std if history.neediest else None),
             Text(statuses, style="" if all(status.has_estimate for status in history.statuses) else "yellow"),
         )
     return table
@@ -126,7 +124,7 @@ class _History:
 
 def _table(title: str | None) -> Table:
     return Table(
-        title=None if title is None else Text(_plain(title), style="bold"),
+        title=None if title is None else Text(plain(title), style="bold"),
         title_justify="left",
         caption_justify="left",
         caption_style="",
@@ -152,23 +150,7 @@ def _size(value: float) -> float:
 
 def _leakage_cell(row: LeakageEstimate | None) -> Text:
     interval = None if row is None else row.leakage
-    return Text(_leakage(interval), style=_leakage_style(interval))
-
-
-def _leakage(interval: Interval[float] | None) -> str:
-    """Returns `0.93 [0.91, 0.95]`; three decimals where two would hide how small a leakage is."""
-    if interval is None:
-        return _ABSENT
-    digits = 3 if interval.upper < 0.1 else 2
-    lower = _rounded(interval.lower, digits, ROUND_FLOOR)
-    upper = _rounded(interval.upper, digits, ROUND_CEILING)
-    return f"{_rounded(interval.value, digits, ROUND_HALF_EVEN)} [{lower}, {upper}]"
-
-
-def _rounded(value: float, digits: int, rounding: str) -> str:
-    if not math.isfinite(value):
-        return str(value)
-    return str(Decimal(repr(float(value))).quantize(Decimal(1).scaleb(-digits), rounding=rounding))
+    return Text(leakage_text(interval), style=_leakage_style(interval))
 
 
 def _leakage_style(interval: Interval[float] | None) -> str:
@@ -182,32 +164,13 @@ def _status_style(status: Status) -> str:
     return "" if status is Status.AUDITED else "yellow" if status.has_estimate else "bold red"
 
 
-def _number(value: float | None) -> str:
-    return _ABSENT if value is None else f"{value:.3g}"
-
-
-def _natural(name: str) -> list[tuple[bool, int, str]]:
-    """Returns a sort key that puts client 9 before client 10."""
-    parts = re.split(r"([0-9]+)", name)
-    return [(index % 2 == 0, int(part) if index % 2 else 0, part) for index, part in enumerate(parts)]
-
-
-def _plain(text: str) -> str:
-    """Returns `text` on one line, without the control characters that would act on a terminal."""
-    return "".join(character if character.isprintable() else " " for character in text).strip()
-
-
-def _shortened(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[: length - 3].rstrip()}..."
-
-
 def _notes(rows: Sequence[LeakageEstimate]) -> Text | None:
     """Returns the details, each once with the clients it holds for."""
     clients: dict[str, list[str]] = {}
     for row in rows:
         if row.detail:
-            note = f"{row.status}: {_shortened(_plain(row.detail), _NOTE_LENGTH)}"
-            clients.setdefault(note, []).append(_shortened(_plain(row.client), 22))
+            note = f"{row.status}: {shortened(plain(row.detail), _NOTE_LENGTH)}"
+            clients.setdefault(note, []).append(shortened(plain(row.client), 22))
     lines = []
     for note, names in list(clients.items())[:_MAX_NOTES]:
         more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fl_privacy.reference.extras import require
+from fl_privacy.extras import require
 from fl_privacy.reference.models import InputShape
 
 TEST_SHARE = 0.2

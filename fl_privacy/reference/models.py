@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fl_privacy.reference.extras import require
+from fl_privacy.extras import require
 
 InputShape = tuple[int, int, int]
 """Channels, height and width of one image."""

@@ -79,7 +79,7 @@ def conduct(study: Study[S, Any], settings: S, folder: Path, *, progress: Progre
 
 def save_figure(path: Path, draw: Callable[[Figure], None], *, size: tuple[float, float]) -> None:
     """Writes what `draw` draws; the file's ending says in which format."""
-    from fl_privacy.reference.extras import require  # its package imports torch
+    from fl_privacy.extras import require  # its package imports torch
 
     figure: Figure = require("matplotlib.figure").Figure(figsize=size, layout="constrained")
     draw(figure)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fl_privacy.reference.extras import require
+from fl_privacy.extras import require
 from fl_privacy.studies.study import save_figure
 from fl_privacy.validation.study import ValidationRow
 from fl_privacy.validation.summary import best_attacks

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fl_privacy.errors import InvalidInputError
+from fl_privacy.extras import require
 from fl_privacy.interval import Interval
-from fl_privacy.reference.extras import require
 from fl_privacy.validation.study import ValidationRow
 
 Vector = NDArray[np.float64]

@@ -1,0 +1,87 @@
+"""`fl-privacy report`: a page on what a run gave away."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fl_privacy.audit.database import locate
+from fl_privacy.audit.ledger import Ledger
+from fl_privacy.errors import FLPrivacyError
+
+OK, TAMPERED, UNUSABLE = 0, 1, 2
+
+
+def report(
+    ledger: Annotated[
+        str, typer.Argument(metavar="LEDGER", show_default=False, help="Path of a SQLite ledger, or a database URL.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The page.")] = Path("report.html"),
+    run: Annotated[str | None, typer.Option(metavar="ID", help="Which run. Default: the last one that began.")] = None,
+    head: Annotated[
+        str | None, typer.Option(metavar="HASH", help="A head kept elsewhere, which the ledger must still hold.")
+    ] = None,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="PNG and JPEG files to show. Default: LEDGER's name with .pictures."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the headline as JSON.")] = False,
+) -> None:
+    """Write one self-contained HTML page: who leaks, how much, since when, and what to do.
+
+    The page opens offline in any browser. A ledger that was tampered with is reported as such, on the page, too.
+    """
+    try:
+        outcome = _write(ledger, output, run, head, pictures)
+    except (FLPrivacyError, ValueError, OSError, ImportError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(UNUSABLE) from error
+    if as_json:
+        typer.echo(json.dumps(outcome, allow_nan=False))
+    else:
+        typer.echo(f"{output}: {_sentence(outcome)}")
+        if not outcome["ok"]:
+            typer.echo(
+                "TAMPERED: the ledger's hash chain is broken; the page and fl-privacy verify say where", err=True
+            )
+    raise typer.Exit(OK if outcome["ok"] else TAMPERED)
+
+
+def _write(ledger: str, output: Path, run: str | None, head: str | None, pictures: Path | None) -> dict[str, object]:
+    from fl_privacy.report import find_pictures, read_history, render_report
+    from fl_privacy.report.page import headline
+    from fl_privacy.report.pictures import pictures_folder
+
+    url = locate(ledger)
+    name = url.render_as_string(hide_password=True)
+    if url.get_backend_name() == "sqlite":
+        name = Path(str(url.database)).name
+        pictures = pictures or pictures_folder(Path(str(url.database)))
+    with Ledger.open(ledger) as opened:
+        verification = opened.verify(expected_head=head)
+        history = read_history(opened, run_id=run)
+        others = len(opened.runs()) - 1
+    found, skipped = find_pictures(pictures) if pictures else ([], 0)
+    page = render_report(
+        history,
+        verification,
+        ledger=name,
+        version=version("fl-privacy"),
+        pictures=found,
+        pictures_skipped=skipped,
+        other_runs=others,
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(page, encoding="utf-8")
+    return {"output": str(output), "ok": verification.ok, "head": verification.head, **headline(history)}
+
+
+def _sentence(outcome: dict[str, object]) -> str:
+    unknown = f", {outcome['not_known']} not known" if outcome["not_known"] else ""
+    return (
+        f"{outcome['above_target']} of {outcome['clients']} clients above target in round {outcome['round']}{unknown}"
+    )

@@ -1,0 +1,211 @@
+"""What a report is made from: a run's rows, reduced as they are read to what a page has room for."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from fl_privacy.audit.estimate import LeakageEstimate, Source, Status
+from fl_privacy.audit.ledger import Ledger
+from fl_privacy.audit.metrics import RoundMetrics
+from fl_privacy.audit.wording import natural_key
+from fl_privacy.errors import InvalidInputError
+from fl_privacy.interval import Interval
+
+DEFAULT_TARGET = 0.5
+"""Leakage that counts as too much where no row names a target."""
+
+
+class Cell(NamedTuple):
+    """One client in one round, as the heat map and the lines over rounds need it."""
+
+    status: Status
+    leakage: Interval[float] | None
+    """`None` where nothing is known: no estimate, or one that is not a number."""
+    noise_std: float | None
+    target: float
+    """Of the round, so that a change of the target rewrites no history."""
+
+    @property
+    def above(self) -> bool | None:
+        """Whether the leakage is above the target; `None` if nothing is known."""
+        return None if self.leakage is None else self.leakage.value > self.target
+
+
+@dataclass
+class ClientHistory:
+    """One client over the rounds of a run.
+
+    Attributes:
+        name: As the rows have it: text from a client, not to be trusted.
+        cells: By round.
+        last: The row of its last round.
+        measured: The row of its last round with an estimate.
+        statuses: How often which.
+    """
+
+    name: str
+    cells: dict[int, Cell] = field(default_factory=dict)
+    last: LeakageEstimate | None = None
+    measured: LeakageEstimate | None = None
+    statuses: Counter[Status] = field(default_factory=Counter)
+
+    @property
+    def known(self) -> Cell | None:
+        """Its last round with an estimate, `None` if there is none."""
+        return None if self.measured is None else self.cells[self.measured.server_round]
+
+    def add(self, row: LeakageEstimate) -> None:
+        """Takes in the row of another round."""
+        known = row.leakage if row.leakage is not None and all(map(math.isfinite, row.leakage)) else None
+        target = DEFAULT_TARGET if row.target_leakage is None else row.target_leakage
+        self.cells[row.server_round] = Cell(row.status, known, row.required_noise_std, target)
+        self.statuses[row.status] += 1
+        if self.last is None or row.server_round >= self.last.server_round:
+            self.last = row
+        if known and (self.measured is None or row.server_round >= self.measured.server_round):
+            self.measured = row
+
+    def above_since(self, server_round: int) -> int | None:
+        """Returns the first round of the unbroken stretch above target up to a round; `None` if it is not above.
+
+        A round in which nothing is known does not break it, as it shows nothing that was better.
+        """
+        since = None
+        for number in sorted((r for r in self.cells if r <= server_round), reverse=True):
+            above = self.cells[number].above
+            if above is False:
+                return since
+            since = number if above else since
+        return since
+
+
+class Change(NamedTuple):
+    """What became of clients from the round before to this one, names in natural order."""
+
+    rose: tuple[str, ...]
+    """Above target now, and known to be below before."""
+    fell: tuple[str, ...]
+    lost: tuple[str, ...]
+    """Known before, and not now."""
+    joined: tuple[str, ...]
+    """Not asked in the round before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunHistory:
+    """A run of a ledger.
+
+    Attributes:
+        run_id: Its name.
+        rounds: Round numbers, ascending.
+        clients: Every client; the most exposed first, by its last round with an estimate, and last those that never
+            had one.
+        metrics: The global model's.
+        sources: Rows by source.
+        statuses: Rows by status.
+        rows: Number of rows.
+        written: When the first and when the last row was written.
+    """
+
+    run_id: str
+    rounds: tuple[int, ...]
+    clients: tuple[ClientHistory, ...]
+    metrics: tuple[RoundMetrics, ...]
+    sources: Counter[Source]
+    statuses: Counter[Status]
+    rows: int
+    written: tuple[str, str]
+
+    @property
+    def last_round(self) -> int:
+        """The round that the headline is about."""
+        return self.rounds[-1]
+
+    @property
+    def target(self) -> float:
+        """The target of the last round."""
+        return next((c.target for c in self.cells_of(self.last_round).values() if c.leakage), DEFAULT_TARGET)
+
+    def cells_of(self, server_round: int) -> dict[str, Cell]:
+        """Returns the clients of a round."""
+        return {c.name: c.cells[server_round] for c in self.clients if server_round in c.cells}
+
+    def worst(self) -> ClientHistory | None:
+        """Returns who leaks most in the last round, of equals who needs more noise; `None` if nothing is known."""
+        known = [c for c in self.clients if self.last_round in c.cells and c.cells[self.last_round].leakage]
+        return max(known, key=lambda c: _exposure(c.cells[self.last_round]), default=None)
+
+    def change(self) -> Change | None:
+        """Returns what changed since the round before; `None` in the first round."""
+        if len(self.rounds) < 2:
+            return None
+        before, now = self.cells_of(self.rounds[-2]), self.cells_of(self.last_round)
+        both = sorted(now.keys() & before.keys(), key=natural_key)
+        return Change(
+            rose=tuple(name for name in both if now[name].above and before[name].above is False),
+            fell=tuple(name for name in both if now[name].above is False and before[name].above),
+            lost=tuple(name for name in both if now[name].leakage is None and before[name].leakage is not None),
+            joined=tuple(sorted(now.keys() - before.keys(), key=natural_key)),
+        )
+
+    def accuracy(self) -> dict[str, dict[int, float]]:
+        """Returns accuracy by round of who measured it; empty where no round has a metric of that name."""
+        found: dict[str, dict[int, float]] = {}
+        for entry in self.metrics:
+            name = next((name for name in sorted(entry.metrics) if "acc" in name.lower()), None)
+            if name is not None and 0 <= entry.metrics[name] <= 1:
+                found.setdefault(entry.origin, {})[entry.server_round] = entry.metrics[name]
+        return found
+
+
+def read_history(ledger: Ledger, *, run_id: str | None = None) -> RunHistory:
+    """Returns what a ledger holds of a run, by default of the last one that began.
+
+    Args:
+        ledger: Opened to read.
+        run_id: Name of the run.
+
+    Raises:
+        InvalidInputError: The ledger holds no such run, or none at all.
+        LedgerError: The ledger cannot be read.
+    """
+    runs = {run.run_id: run for run in ledger.runs()}
+    if not runs or (run_id is not None and run_id not in runs):
+        raise InvalidInputError(f"the ledger holds no run {run_id or ''!r}, but {', '.join(runs) or 'none at all'}")
+    run = runs[run_id] if run_id is not None else list(runs.values())[-1]
+    clients: dict[str, ClientHistory] = {}
+    rows, sources, statuses, rounds = 0, Counter[Source](), Counter[Status](), set[int]()
+    for entry in ledger.rows(run_id=run.run_id):
+        row = entry.estimate
+        clients.setdefault(row.client, ClientHistory(row.client)).add(row)
+        rows += 1
+        sources[row.source] += 1
+        statuses[row.status] += 1
+        rounds.add(row.server_round)
+    return RunHistory(
+        run_id=run.run_id,
+        rounds=tuple(sorted(rounds)),
+        clients=_ranked(clients.values()),
+        metrics=tuple(ledger.metrics(run_id=run.run_id)),
+        sources=sources,
+        statuses=statuses,
+        rows=rows,
+        written=(run.started, run.ended),
+    )
+
+
+def _ranked(clients: Iterable[ClientHistory]) -> tuple[ClientHistory, ...]:
+    named = sorted(clients, key=lambda client: natural_key(client.name))
+    return tuple(sorted(named, key=lambda client: _exposure(client.known), reverse=True))
+
+
+def _exposure(cell: Cell | None) -> tuple[float, float]:
+    """Returns what to rank by: leakage, then the noise that is needed."""
+    if cell is None or cell.leakage is None:
+        return (-1.0, 0.0)
+    noise = cell.noise_std if cell.noise_std is not None and math.isfinite(cell.noise_std) else 0.0
+    return (cell.leakage.value, noise)

@@ -1,0 +1,248 @@
+"""The page itself: a run's history, its ledger's check and its pictures, put into the template."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from typing import Any
+
+from fl_privacy.audit.chain import Verification
+from fl_privacy.audit.estimate import LeakageEstimate
+from fl_privacy.audit.wording import ABSENT, leakage_text, number_text, plain, shortened
+from fl_privacy.extras import require
+from fl_privacy.interval import Interval
+from fl_privacy.report import figures
+from fl_privacy.report.history import Cell, ClientHistory, RunHistory
+from fl_privacy.report.pictures import Picture
+
+HEAT_CLIENTS, HEAT_ROUNDS = 40, 24
+"""Most rows and columns of the heat map with numbers; what has no room is in the map of everyone."""
+CARDS = 12
+"""Most clients that are shown one by one."""
+ROWS = 1000
+"""Most rows in the table of rows."""
+_NAMES, _NAME_LENGTH, _DETAIL_LENGTH, _PROBLEMS = 6, 60, 300, 20
+
+
+def render_report(
+    history: RunHistory,
+    verification: Verification,
+    *,
+    ledger: str,
+    version: str,
+    pictures: Sequence[Picture] = (),
+    pictures_skipped: int = 0,
+    other_runs: int = 0,
+) -> str:
+    """Returns the page as HTML. It loads nothing: what it shows is in it, and its policy forbids the rest.
+
+    Whatever came from a client (its name, its claims, errors it answered with) is text and never markup.
+
+    Args:
+        history: The run.
+        verification: Of the whole ledger.
+        ledger: Its name, to be shown.
+        version: Of the program, to be shown.
+        pictures: To be embedded.
+        pictures_skipped: How many there was no room for.
+        other_runs: How many more runs the ledger holds.
+
+    Raises:
+        ImportError: Jinja2 or Matplotlib is not installed; they come with the extra `report`.
+    """
+    jinja2 = require("jinja2", extra="report")
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters.update(name=_name, names=_names, leakage=leakage_text, number=number_text, plain=_detail)
+    files = resources.files("fl_privacy.report")
+    script = files.joinpath("report.js").read_text(encoding="utf-8")
+    style = files.joinpath("report.css").read_text(encoding="utf-8")
+    template = environment.from_string(files.joinpath("report.html.jinja").read_text(encoding="utf-8"))
+    page: str = template.render(
+        history=history,
+        headline={**headline(history), "worst_leakage_text": _worst_text(history)},
+        change=history.change(),
+        verification=verification,
+        problems=[str(problem) for problem in verification.problems[:_PROBLEMS]],
+        ledger=ledger,
+        version=version,
+        other_runs=other_runs,
+        heat=_heat(history),
+        overview=_overview(history),
+        rounds_figure=figures.rounds_figure(history),
+        rounds=_rounds(history),
+        accuracy=history.accuracy(),
+        cards=[_card(client, history) for client in history.clients[:CARDS]],
+        classes_figure=figures.classes_figure([c.measured for c in history.clients if c.measured is not None]),
+        rows=_rows(history),
+        pictures=pictures,
+        pictures_skipped=pictures_skipped,
+        settings=_settings(history),
+        style=style,
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii"),
+    )
+    return page
+
+
+def headline(history: RunHistory) -> dict[str, Any]:
+    """Returns what there is to know in a minute, as plain values: who leaks, how much, since when, and what to do."""
+    cells = history.cells_of(history.last_round)
+    worst = history.worst()
+    row = None if worst is None else worst.cells[history.last_round]
+    change = history.change()
+    needed = None if row is None or row.noise_std is None or not math.isfinite(row.noise_std) else row.noise_std
+    return {
+        "run": history.run_id,
+        "round": history.last_round,
+        "target": history.target,
+        "clients": len(cells),
+        "above_target": sum(bool(cell.above) for cell in cells.values()),
+        "not_known": sum(cell.leakage is None for cell in cells.values()),
+        "worst_client": None if worst is None else worst.name,
+        "worst_leakage": None if row is None or row.leakage is None else list(row.leakage),
+        "worst_above_since": None if worst is None else worst.above_since(history.last_round),
+        "required_noise_std": needed,
+        "change": None if change is None else {name: list(clients) for name, clients in change._asdict().items()},
+    }
+
+
+def _worst_text(history: RunHistory) -> str:
+    worst = history.worst()
+    return ABSENT if worst is None else leakage_text(worst.cells[history.last_round].leakage)
+
+
+def _heat(history: RunHistory) -> dict[str, Any]:
+    rounds = history.rounds[-HEAT_ROUNDS:]
+    lines = []
+    for client in history.clients[:HEAT_CLIENTS]:
+        lines.append((client.name, [_heat_cell(client.cells.get(server_round)) for server_round in rounds]))
+    complete = len(history.clients) <= HEAT_CLIENTS and len(history.rounds) <= HEAT_ROUNDS
+    scale = [_colours(step / 10)[0] for step in range(11)]
+    return {"rounds": rounds, "lines": lines, "complete": complete, "scale": scale}
+
+
+def _heat_cell(cell: Cell | None) -> dict[str, str]:
+    if cell is None:
+        return {"kind": "absent", "text": "", "title": "not asked", "style": ""}
+    if cell.leakage is None:
+        return {"kind": "unknown", "text": "?", "title": f"{cell.status}: nothing is known", "style": ""}
+    background, ink = _colours(cell.leakage.value)
+    return {
+        "kind": "above" if cell.above else "below",
+        "text": f"{cell.leakage.value:.2f}",
+        "title": f"{leakage_text(cell.leakage)}, {cell.status}",
+        "style": f"background:{background};color:{ink}",
+    }
+
+
+def _colours(leakage: float) -> tuple[str, str]:
+    """Returns the colour of a leakage, and the one of black and white that is read better on it."""
+    matplotlib = require("matplotlib", extra="report")
+    red, green, blue, _ = matplotlib.colormaps[figures.HEAT_COLOURS](min(1.0, max(0.0, leakage)))
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (red, green, blue)]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    # WCAG: contrast with white is 1.05/(L + 0.05), with black (L + 0.05)/0.05; they are equal at L = 0.179.
+    ink = "#000" if luminance > 0.179 else "#fff"
+    return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}", ink
+
+
+def _overview(history: RunHistory) -> str | None:
+    return None if _heat(history)["complete"] else figures.overview_figure(history)
+
+
+def _rounds(history: RunHistory) -> list[dict[str, Any]]:
+    """Returns the numbers behind the figure over rounds."""
+    accuracy = history.accuracy()
+    lines = []
+    for server_round in history.rounds:
+        cells = history.cells_of(server_round)
+        known = [cell.leakage for cell in cells.values() if cell.leakage is not None]
+        highest = Interval(*(max(parts) for parts in zip(*known, strict=True))) if known else None
+        lines.append(
+            {
+                "round": server_round,
+                "clients": len(cells),
+                "highest": highest,
+                "median": sorted(leakage.value for leakage in known)[len(known) // 2] if known else None,
+                "above": sum(bool(cell.above) for cell in cells.values()),
+                "unknown": sum(cell.leakage is None for cell in cells.values()),
+                "accuracy": {origin: values.get(server_round) for origin, values in accuracy.items()},
+            }
+        )
+    return lines
+
+
+def _card(client: ClientHistory, history: RunHistory) -> dict[str, Any]:
+    row = client.measured
+    return {
+        "name": client.name,
+        "row": row,
+        "last": client.last,
+        "cell": client.cells[max(client.cells)],
+        "since": client.above_since(max(client.cells)),
+        "figure": None if row is None else figures.noise_figure(row),
+        "statuses": _counts(client.statuses),
+        "examples": [] if row is None else row.examples,
+        "at_target": None if row is None else _at_target(row),
+    }
+
+
+def _at_target(row: LeakageEstimate) -> float | None:
+    """Returns the predicted error per element at the target leakage L, τ·√(1 − L)."""
+    if row.target_leakage is None or row.prior_std is None:
+        return None
+    return row.prior_std * math.sqrt(1 - row.target_leakage)
+
+
+def _rows(history: RunHistory) -> dict[str, Any]:
+    """Returns the last row of each client, those of which nothing is known before the most exposed, and counts."""
+    last = sorted((c for c in history.clients if c.last), key=lambda c: c.cells[max(c.cells)].leakage is not None)
+    shown = [client.last for client in last[:ROWS]]
+    return {
+        "shown": shown,
+        "clients": len(history.clients),
+        "statuses": _counts(history.statuses),
+        "sources": _counts(history.sources),
+    }
+
+
+def _settings(history: RunHistory) -> list[tuple[str, str]]:
+    """Returns settings and versions of the run's last measured row."""
+    row = max((c.measured for c in history.clients if c.measured), key=lambda r: r.server_round, default=None)
+    if row is None:
+        return []
+    found: list[tuple[str, object]] = [("unit", row.unit), ("device", row.device), ("dtype", row.dtype)]
+    found += [(name, value) for name, value in row.settings.items() if name != "unit"]
+    found += [(f"version of {name}", value) for name, value in row.versions.items()]
+    return [(plain(name), _value(value)) for name, value in found if value not in ("", None)]
+
+
+def _value(value: object) -> str:
+    if isinstance(value, str | int | float):
+        return plain(str(value))
+    return shortened(plain(json.dumps(value, default=str)), _DETAIL_LENGTH)
+
+
+def _counts(counts: Counter[Any]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.most_common()) or ABSENT
+
+
+def _name(text: str) -> str:
+    return shortened(plain(text), _NAME_LENGTH) or ABSENT
+
+
+def _names(names: Iterable[str]) -> str:
+    listed = [_name(name) for name in names]
+    more = f" and {len(listed) - _NAMES} more" if len(listed) > _NAMES else ""
+    return ", ".join(listed[:_NAMES]) + more
+
+
+def _detail(text: str) -> str:
+    return shortened(plain(text), _DETAIL_LENGTH)
