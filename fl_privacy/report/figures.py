@@ -98,7 +98,7 @@ def rounds_figure(history: RunHistory) -> str:
             axes[1].set(ylabel="accuracy", ylim=(-0.03, 1.05))
             axes[1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
         axes[-1].set_xlabel("round")
-        axes[-1].xaxis.get_major_locator().set_params(integer=True)
+        _whole_ticks(axes[-1].xaxis)
         return _svg(figure)
 
 
@@ -116,7 +116,7 @@ def overview_figure(history: RunHistory) -> str:
         shown = axes.imshow(image, aspect="auto", cmap=HEAT_COLOURS, vmin=0, vmax=1, extent=extent)
         axes.set(xlabel="round, in order", ylabel="client, by exposure")
         for axis in (axes.xaxis, axes.yaxis):
-            axis.get_major_locator().set_params(integer=True)
+            _whole_ticks(axis)
         figure.colorbar(shown, ax=axes, label="leakage", pad=0.02)
         return _svg(figure)
 
@@ -213,6 +213,11 @@ def _svg(figure: Figure) -> str:
 def _marker(points: Sequence[int] | np.ndarray[Any, Any], marker: str) -> str:
     """Returns a marker where there are few enough points to tell markers apart."""
     return marker if len(points) <= _MAX_MARKED else ""
+
+
+def _whole_ticks(axis: Axis) -> None:
+    ticker: Any = require("matplotlib.ticker", extra="report")
+    axis.set_major_locator(ticker.MaxNLocator(integer=True))
 
 
 def _plain_ticks(axis: Axis) -> None:
