@@ -1,0 +1,62 @@
+"""A picture drawn: original and reconstructions side by side, with what was predicted and what was reached."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fl_privacy.errors import InvalidInputError
+from fl_privacy.pictures.rebuilding import Picture
+from fl_privacy.studies.study import save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_PANEL = 1.75
+"""Width of a panel in inches."""
+
+
+def draw_picture(picture: Picture, path: Path, *, title: str = "", bounds: tuple[float, float] | None = None) -> None:
+    """Writes a picture of an image; the path's ending says in which format.
+
+    Args:
+        picture: Of an image `[H, W]`, `[1, H, W]` or `[3, H, W]`.
+        path: Where to write.
+        title: Above it.
+        bounds: Values that are black and white. Default: those of the original.
+
+    Raises:
+        InvalidInputError: The example is no image.
+    """
+    shape = picture.original.shape
+    if not (len(shape) == 2 or (len(shape) == 3 and shape[0] in (1, 3))):
+        raise InvalidInputError(f"expected an image [H, W], [1, H, W] or [3, H, W] to draw, got {list(shape)}")
+    low, high = bounds or (float(picture.original.min()), float(picture.original.max()))
+
+    def draw(figure: Figure) -> None:
+        if title:
+            figure.suptitle(title, fontsize=10)
+        row = figure.subplots(1, 2 + len(picture.panels), squeeze=False)[0]
+        _show(row[0], picture.original, low, high, "original", "")
+        _show(row[1], picture.prior_mean, low, high, "before any update", f"error {picture.prior_std:.3g}")
+        for axes, panel in zip(row[2:], picture.panels, strict=True):
+            reached = f"reached {panel.reached:.3g}" if panel.explained else f"attack failed at {panel.reached:.3g}"
+            text = f"leaks {panel.leakage:.0%}\npredicted {panel.predicted:.3g}\n{reached}"
+            _show(axes, panel.rebuilt, low, high, panel.name, text)
+
+    save_figure(path, draw, size=(_PANEL * (2 + len(picture.panels)), _PANEL + (1.05 if title else 0.85)))
+
+
+def _show(axes: Axes, image: Tensor, low: float, high: float, title: str, text: str) -> None:
+    scaled = ((image.detach().double().cpu() - low) / max(high - low, 1e-12)).clamp(0, 1)
+    if scaled.ndim == 3:
+        scaled = scaled[0] if len(scaled) == 1 else torch.movedim(scaled, 0, -1)
+    axes.imshow(scaled.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_title(title, fontsize=9)
+    axes.set_xlabel(text, fontsize=8)

@@ -1,0 +1,94 @@
+"""Pictures of a client: rebuilt from what it really shared, with numbers that the audit's agree with."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+from fl_privacy.attacks import GaussianPrior, IndependentNoise, IsotropicNoise
+from fl_privacy.errors import InvalidInputError
+from fl_privacy.pictures import draw_picture, rebuild_client
+from fl_privacy.pictures.rebuilding import observed_version
+from tests.audit.cases import PRIOR, SIDE, flat, new_context, new_model, new_task, noisy, params_of, scaled
+
+BELIEF = GaussianPrior(torch.zeros(1, SIDE, SIDE), PRIOR)
+
+
+def pruned(update, share=0.5):
+    threshold = np.quantile(np.abs(flat(update)), share)
+    return {name: np.where(np.abs(array) >= threshold, array, 0) for name, array in update.items()}
+
+
+@pytest.fixture(scope="module")
+def picture():
+    model = new_model()
+    task = new_task(model, dtype=np.float64)
+    shared = {
+        "clipped": scaled(task.captured, 0.1),
+        "pruned": pruned(task.captured),
+        "noise": noisy(scaled(task.captured, 0.5), 2e-3),
+    }
+    return rebuild_client(
+        new_context(model), params_of(model, np.float64), task, example=2, prior=BELIEF, shared=shared
+    )
+
+
+def test_the_raw_update_gives_the_example_away_and_so_do_clipping_and_pruning(picture):
+    for panel in picture.panels[:3]:
+        torch.testing.assert_close(panel.rebuilt, picture.original, atol=1e-2, rtol=0)
+        assert panel.leakage > 0.999
+        assert panel.reached < 1e-2
+        assert panel.explained
+
+
+def test_noise_leaves_the_error_that_was_predicted(picture):
+    noise = picture.panels[3]
+    assert (picture.panels[0].name, noise.name) == ("raw update", "noise")
+    assert 0.2 < noise.leakage < 0.95
+    assert noise.predicted == pytest.approx((1 - noise.leakage) ** 0.5 * PRIOR, rel=0.02)
+    assert 0.5 < noise.reached / noise.predicted < 2
+    assert noise.reached == pytest.approx(float((noise.rebuilt - picture.original).square().mean().sqrt()))
+
+
+def test_by_default_it_is_what_arrived_under_the_clients_own_words():
+    model = new_model()
+    task = new_task(model, dtype=np.float64, defend=lambda update: noisy(update, 1e-2), defence="noise 0.01")
+    panels = rebuild_client(new_context(model), params_of(model, np.float64), task, prior=BELIEF).panels
+    assert [panel.name for panel in panels] == ["raw update", "noise 0.01"]
+
+
+def test_beliefs_follow_the_mechanism():
+    update = torch.randn(2000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    cut = observed_version("", 0.1 * torch.where(update.abs() > 1, update, 0.0), update, [2000])
+    assert isinstance(cut.noise, IndependentNoise)
+    torch.testing.assert_close(cut.shared[update.abs() > 1], update[update.abs() > 1])
+    assert (cut.noise.std[0][update.abs() > 1] < 1e-5).all()
+    assert (cut.noise.std[0][update.abs() <= 1] > 0.1).all()
+    plain = observed_version("", 3 * (update + 0.1 * torch.ones_like(update)), update, [2000])
+    assert isinstance(plain.noise, IsotropicNoise)
+
+
+def test_a_training_that_is_not_reproduced_is_refused():
+    model = new_model()
+    task = new_task(model, dtype=np.float64)
+    other = new_task(model, dtype=np.float64, client=1)
+    wrong = new_task(model, dtype=np.float64, captured=False)
+    wrong = type(task)(**{**wrong.__dict__, "captured": other.captured})
+    with pytest.raises(InvalidInputError, match="differs by"):
+        rebuild_client(new_context(model), params_of(model, np.float64), wrong, prior=BELIEF)
+    with pytest.raises(InvalidInputError, match="got 2 and 9"):
+        rebuild_client(new_context(model), params_of(model, np.float64), task, example=9, prior=BELIEF)
+
+
+def test_it_is_drawn_with_a_panel_for_each_version(picture, tmp_path):
+    draw_picture(picture, tmp_path / "one" / "client.png", title="client 0, round 1")
+    drawn = imread(tmp_path / "one" / "client.png")
+    assert drawn.shape[1] == round(130 * 1.75 * 6)
+    assert drawn[..., :3].std() > 0.1
+    flat_example = type(picture)(
+        original=torch.zeros(7), prior_mean=torch.zeros(7), prior_std=1.0, panels=picture.panels
+    )
+    with pytest.raises(InvalidInputError, match="expected an image"):
+        draw_picture(flat_example, tmp_path / "no.png")
