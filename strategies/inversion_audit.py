@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result, Strategy
+from flwr.serverapp.strategy import FedAvg, Result, Strategy
 from flwr.supercore import log
 from torch import nn
 
@@ -175,9 +175,8 @@ class InversionAudit(Strategy):
         """Returns the inner strategy's messages, each with a request for a report."""
         self._check_model(arrays)
         self._arrays = arrays
-        request = Request.for_estimate(self._auditor.settings) if self.source is Source.CLIENT else Request()
         self._sent = [
-            _with_request(m, request) for m in self.strategy.configure_train(server_round, arrays, config, grid)
+            _with_request(m, self._request) for m in self.strategy.configure_train(server_round, arrays, config, grid)
         ]
         return self._sent
 
@@ -196,6 +195,7 @@ class InversionAudit(Strategy):
             request=self._request,
             max_report_bytes=self._max_report_bytes,
             names=self._names,
+            weighted_by=_weight_of(self.strategy),
         )
         rows = [self._decide(reading) for reading in self._audit(readings)]
         self.estimates.extend(rows)
@@ -283,6 +283,13 @@ class InversionAudit(Strategy):
                 raise InvalidInputError(
                     f"expected {name} of the model's shape {list(shape)}, got {list(arrays[name].shape)}"
                 )
+
+
+def _weight_of(strategy: Strategy) -> str | None:
+    """Returns the metric by which a FedAvg, perhaps one inside other wrappers, weighs replies; else `None`."""
+    while isinstance(inner := getattr(strategy, "strategy", None), Strategy):
+        strategy = inner
+    return strategy.weighted_by_key if isinstance(strategy, FedAvg) else None
 
 
 def _with_request(message: Message, request: Request) -> Message:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -48,6 +50,7 @@ def read_replies(
     request: Request,
     max_report_bytes: int,
     names: dict[int, str],
+    weighted_by: str | None = None,
 ) -> list[Reading]:
     """Returns a reading of every client that was asked, and takes the audit's records out of the replies.
 
@@ -61,6 +64,8 @@ def read_replies(
         max_report_bytes: Most bytes of a client's report to accept.
         names: By node id, the names that clients gave in their reports: a client that later fails keeps its name.
             What is learned of this round is added.
+        weighted_by: Metric by which the inner strategy weighs replies. Flower's averaging raises, and ends the run, if
+            one reply has other records or metrics than the rest: such a reply is then left out. `None`: none is.
     """
     expected = {name: array.numpy() for name, array in arrays.items()}
     node_of = {message.metadata.message_id: message.metadata.dst_node_id for message in sent}
@@ -73,6 +78,10 @@ def read_replies(
             del silent[node_id]
         elif node_id in node_of.values():
             _reject(readings[-1], Status.INVALID_UPDATE, "a second reply from the same client")
+        elif not reply.has_error():
+            _reject(readings[-1], Status.INVALID_UPDATE, "a reply from a node that was not asked")
+    if weighted_by is not None:
+        _reject_odd_ones(readings, weighted_by)
     for node_id in silent:
         row = _row(server_round, node_id, Status.NO_REPLY, detail="asked, and never answered")
         readings.append(Reading(node_id, None, row))
@@ -169,6 +178,8 @@ def _task(
     """Returns what is to be audited on the server."""
     if report.inputs is None or report.labels is None or report.trace is None:
         raise RecordError("the report holds no batch")
+    if not np.issubdtype(report.inputs.dtype, np.floating):
+        raise RecordError(f"expected floating-point inputs, got {report.inputs.dtype}")
     # A client that could not tell its parameters apart: its update must then be reproduced from the batch alone.
     captured = report.captured if set(trained) <= set(report.captured or {}) else None
     _check_captured(captured, expected, trained)
@@ -201,6 +212,35 @@ def _check_captured(
             )
         if not np.isfinite(array).all():
             raise RecordError(f"NaN or infinity in the captured update of {name}")
+
+
+def _reject_odd_ones(readings: Sequence[Reading], weighted_by: str) -> None:
+    """Leaves out replies without a weight, and those whose records are not shaped as most of the others' are."""
+    shapes: dict[int, Hashable] = {}
+    for index, reading in enumerate(readings):
+        if not reading.aggregable or reading.reply is None or reading.reply.has_error():
+            continue
+        metrics = list(reading.reply.content.metric_records.values())
+        weight = metrics[0].get(weighted_by) if len(metrics) == 1 else None
+        if not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            found = f"{len(metrics)} of them" if len(metrics) != 1 else repr(weight)
+            _reject(reading, Status.INVALID_UPDATE, f"expected one MetricRecord with {weighted_by} > 0, got {found}")
+            continue
+        shapes[index] = _shape_of(reading.reply)
+    if not shapes:
+        return
+    usual, _ = Counter(shapes.values()).most_common(1)[0]
+    for index, shape in shapes.items():
+        if shape != usual:
+            detail = "its records or metrics are not those of the other replies: they cannot be averaged together"
+            _reject(readings[index], Status.INVALID_UPDATE, detail)
+
+
+def _shape_of(reply: Message) -> Hashable:
+    """Names of a reply's records and metrics, and the lengths of metrics that are lists."""
+    (name, metrics), *_ = reply.content.metric_records.items()
+    lengths = {key: len(value) if isinstance(value, list) else -1 for key, value in metrics.items()}
+    return tuple(reply.content.array_records), name, frozenset(lengths.items())
 
 
 def _num_examples(reply: Message) -> int | None:

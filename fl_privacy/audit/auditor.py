@@ -29,6 +29,9 @@ Progress = Callable[[int, int], None]
 _CLIENTS_PER_CHUNK = 8
 """Most clients in one pass: enough to fill it, few enough that progress and time limits mean something."""
 
+_REPEATS = 8
+"""Most times that the examples of a client fit into one of its mini-batches: drawing with replacement repeats some."""
+
 
 class Auditor:
     """Audits the clients of one round after the other.
@@ -72,6 +75,7 @@ class Auditor:
         """
         if not tasks:
             return []
+        tasks = [_bounded(task, self.settings.max_local_steps) for task in tasks]
         context = self._context_for(tasks)
         rows: dict[tuple[int, str], LeakageEstimate] = {}
         deadline = time.monotonic() + self._time_limit
@@ -125,6 +129,18 @@ class Auditor:
             count = -(-len(group) // min(share, max(1, _CLIENTS_PER_CHUNK * 4 // max(4, steps))))
             for start in range(count):
                 yield group[start::count]
+
+
+def _bounded(task: AuditTask, max_steps: int) -> AuditTask:
+    """Returns the task with a trace that is not longer than is replayed: what a client says costs it no effort."""
+    batches = task.trace.batches
+    largest = max(map(len, batches), default=0)
+    problem = ""
+    if len(batches) > max_steps:
+        problem = f"{len(batches)} local steps, more than the {max_steps} that are replayed"
+    elif largest > _REPEATS * len(task.inputs):
+        problem = f"a mini-batch of {largest} of {len(task.inputs)} examples, each more than {_REPEATS} times"
+    return replace(task, trace=replace(task.trace, batches=(), lr=(), problem=problem)) if problem else task
 
 
 def _scale(measured: float) -> float:

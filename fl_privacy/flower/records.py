@@ -30,6 +30,8 @@ ESTIMATE = "estimate"
 """The request for the scalars of an audit that the client makes itself."""
 
 _VERSION = 1
+_MAX_HEAD = 4 * 1024**2
+"""Most characters of a head: lists of nothing take 20 times the memory of their text."""
 _DTYPES = ("float32", "float64", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
 
 
@@ -110,8 +112,11 @@ def decode_report(record: Any, *, max_bytes: int) -> ClientReport:
 
 
 def _head(record: ConfigRecord) -> dict[str, Any]:
+    text = _expect(record.get("head"), str, "head")
+    if len(text) > _MAX_HEAD:
+        raise RecordError(f"expected a head of at most {_MAX_HEAD} characters, got {len(text)}")
     try:
-        head = json.loads(_expect(record.get("head"), str, "head"))
+        head = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise RecordError(f"expected a report's head in JSON: {error}") from error
     head = _expect(head, dict, "head")

@@ -1,0 +1,287 @@
+"""Hostile clients: whatever arrives, the round goes on, the others are averaged, and nothing a client sent is run."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import math
+import pickle
+import tracemalloc
+import zipfile
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fl_privacy.audit import AuditSettings, Status
+from fl_privacy.flower.records import REPORT_KEY, encode_report
+
+from .cases import audited_app, new_app, new_context, new_model, report_of, through_the_wire, train_message
+from .test_records import PAYLOADS, SIZES, TRACES, changed
+from .test_strategy import audit, fed_avg
+
+FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+HONEST, HOSTILE = (10, 20), 30
+
+
+class Trap:
+    """Whoever unpickles this runs a client's code."""
+
+    def __reduce__(self):
+        return pytest.fail, ("ran what a client sent",)
+
+
+PICKLE = pickle.dumps(Trap())
+
+
+@functools.cache
+def honest_content(node: int, audited: bool):
+    app = audited_app() if audited else new_app()
+    return app(train_message(), new_context(node)).content
+
+
+def play(hostile: RecordDict, *, source: str = "trusted", times: int = 1):
+    """Plays one round in which one client answers with the given content; returns the strategy and the result."""
+    strategy = audit(fed_avg(), source=source, settings=AuditSettings(max_examples=1, prior_std=1.0, data_range=1.0))
+    strategy._sent = sent = [train_message() for _ in (*HONEST, HOSTILE)]
+    strategy._arrays = ArrayRecord(new_model().state_dict())
+    replies = []
+    for index, (message, node) in enumerate(zip(sent, (*HONEST, HOSTILE), strict=True)):
+        message.metadata.__dict__.update(_message_id=f"m{index}", _dst_node_id=node)
+        content = hostile if node == HOSTILE else RecordDict(dict(honest_content(node, False)))
+        answer = through_the_wire(Message(content=content, reply_to=message))
+        replies += [answer] * (times if node == HOSTILE else 1)
+    return strategy, strategy.aggregate_train(1, replies)
+
+
+def hostile_row(strategy):
+    return next(row for row in strategy.estimates if row.node_id == HOSTILE)
+
+
+def assert_the_round_went_on(strategy, result, *, nodes=3):
+    arrays, metrics = result
+    assert len(strategy.estimates) >= nodes
+    for node in HONEST:
+        (row,) = [row for row in strategy.estimates if row.node_id == node]
+        assert (row.status, row.action) == (Status.UNPROTECTED, "passed")
+    assert metrics is not None
+    for name, array in arrays.items():
+        assert np.isfinite(array.numpy()).all(), name
+    json.dumps([row.to_dict() for row in strategy.estimates], allow_nan=False)
+
+
+def content_with(**records):
+    good = honest_content(HOSTILE, True)
+    merged = {**good, **records}
+    return RecordDict({name: record for name, record in merged.items() if record is not ...})
+
+
+def raw(data: bytes, *, dtype="float32", shape=(3,), stype="numpy.ndarray"):
+    good = honest_content(HOSTILE, False)["arrays"]
+    broken = Array(dtype=dtype, shape=tuple(shape), stype=stype, data=data)
+    return content_with(arrays=ArrayRecord({**good, "4.bias": broken}))
+
+
+def npy(header: str, body: bytes = b"") -> bytes:
+    text = header.encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + body
+
+
+def archive() -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, a=np.zeros(3, np.float32))
+    return buffer.getvalue()
+
+
+def zip_bomb() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a.npy", bytes(2**26))
+    return buffer.getvalue()
+
+
+ARRAYS = {
+    "a pickle": PICKLE,
+    "an object array": npy("{'descr': '|O', 'fortran_order': False, 'shape': (3,), }", PICKLE),
+    "an archive": archive(),
+    "an archive that unpacks to much": zip_bomb(),
+    "a header of a huge array": npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1099511627776,), }"),
+    "a header of a negative array": npy("{'descr': '<f4', 'fortran_order': False, 'shape': (-3,), }"),
+    "a header that is code": npy("{'descr': __import__('os').abort(), 'fortran_order': False, 'shape': (3,), }"),
+    "a header that is deep": npy("(" * 5000),
+    "a magic and no more": b"\x93NUMPY",
+    "nothing": b"",
+}
+
+
+class TestArrays:
+    @pytest.mark.parametrize("name", ARRAYS)
+    def test_it_is_an_invalid_update_and_left_out(self, name):
+        strategy, result = play(raw(ARRAYS[name]))
+        row = hostile_row(strategy)
+        assert (row.status, row.action) == (Status.INVALID_UPDATE, "excluded")
+        assert "4.bias" in row.detail
+        assert_the_round_went_on(strategy, result)
+
+    def test_no_header_makes_the_server_allocate_what_did_not_arrive(self):
+        tracemalloc.start()
+        try:
+            for name in ("an archive that unpacks to much", "a header of a huge array"):
+                play(raw(ARRAYS[name]))
+            assert tracemalloc.get_traced_memory()[1] < 2**25
+        finally:
+            tracemalloc.stop()
+
+    @FUZZ
+    @given(
+        data=st.binary(max_size=200) | st.builds(npy, st.text(max_size=60), st.binary(max_size=40)),
+        dtype=st.sampled_from(["float32", "float64", "int64", "object", "O", "V8", "nonsense", ""]),
+        shape=st.lists(st.integers(0, 2**31 - 1), max_size=3),
+        stype=st.sampled_from(["numpy.ndarray", "pickle", "torch.tensor", ""]),
+    )
+    def test_any_bytes(self, data, dtype, shape, stype):
+        strategy, result = play(raw(data, dtype=dtype, shape=shape, stype=stype))
+        assert hostile_row(strategy).status is Status.INVALID_UPDATE
+        assert_the_round_went_on(strategy, result)
+
+
+BIG = 2**63 - 1
+METRICS = {
+    "no metrics": (..., "got 0 of them"),
+    "no weight": ({"loss": 1.0}, "got None"),
+    "a negative weight": ({"num-examples": -4, "loss": 1.0}, "num-examples > 0, got -4"),
+    "a weight of zero": ({"num-examples": 0, "loss": 1.0}, "num-examples > 0, got 0"),
+    "a weight that is NaN": ({"num-examples": math.nan, "loss": 1.0}, "num-examples > 0, got nan"),
+    "an infinite weight": ({"num-examples": math.inf, "loss": 1.0}, "num-examples > 0, got inf"),
+    "a weight that is a list": ({"num-examples": [4], "loss": 1.0}, "num-examples > 0, got [4]"),
+    "a metric too many": ({"num-examples": 4, "loss": 1.0, "more": 1.0}, "cannot be averaged together"),
+    "a metric too few": ({"num-examples": 4}, "cannot be averaged together"),
+    "a metric that is a list": ({"num-examples": 4, "loss": [1.0, 2.0]}, "cannot be averaged together"),
+}
+
+
+class TestMetrics:
+    """Flower's averaging raises on these, which would end the run for everyone."""
+
+    @pytest.mark.parametrize("name", METRICS)
+    def test_a_reply_that_cannot_be_averaged_with_the_others_is_left_out(self, name):
+        metrics, detail = METRICS[name]
+        strategy, result = play(content_with(metrics=metrics if metrics is ... else MetricRecord(metrics)))
+        row = hostile_row(strategy)
+        assert (row.status, row.action) == (Status.INVALID_UPDATE, "excluded")
+        assert detail in row.detail
+        assert_the_round_went_on(strategy, result)
+
+    def test_a_record_by_another_name_too(self):
+        good = honest_content(HOSTILE, True)
+        content = content_with(metrics=..., others=good["metrics"])
+        strategy, result = play(content)
+        assert hostile_row(strategy).status is Status.INVALID_UPDATE
+        assert_the_round_went_on(strategy, result)
+
+    @FUZZ
+    @given(
+        metrics=st.dictionaries(
+            st.sampled_from(["num-examples", "loss", "x", ""]),
+            st.integers(-BIG, BIG) | st.floats() | st.lists(st.floats(), max_size=2),
+            max_size=3,
+        ),
+        more=st.dictionaries(
+            st.sampled_from(["a", "arrays2", REPORT_KEY]), st.just(MetricRecord({"a": 1})), max_size=2
+        ),
+    )
+    def test_any_metrics(self, metrics, more):
+        strategy, result = play(content_with(metrics=MetricRecord(metrics), **more))
+        assert_the_round_went_on(strategy, result)
+
+
+class TestReports:
+    @pytest.mark.parametrize("source", ["trusted", "client"])
+    @FUZZ
+    @given(head=st.text(max_size=40) | st.binary(max_size=40), payload=PAYLOADS)
+    def test_any_record(self, source, head, payload):
+        record = ConfigRecord({"head": head, **payload})
+        strategy, result = play(content_with(**{REPORT_KEY: record}), source=source)
+        assert hostile_row(strategy).status is Status.INVALID_REPORT
+        assert_the_round_went_on(strategy, result)
+
+    @FUZZ
+    @given(entries=TRACES, sizes=st.lists(SIZES, max_size=3))
+    def test_any_trace_and_any_shape_in_a_record_that_is_else_in_order(self, entries, sizes):
+        head = json.loads(honest_content(HOSTILE, True)[REPORT_KEY]["head"])
+        trace = {**head["trace"], **entries}
+        arrays = {**head["arrays"], "inputs": ["float32", sizes or [4, 1, 4, 4]]}
+        record = ConfigRecord(
+            {
+                **honest_content(HOSTILE, True)[REPORT_KEY],
+                "head": json.dumps({**head, "trace": trace, "arrays": arrays}),
+            }
+        )
+        strategy, result = play(content_with(**{REPORT_KEY: record}))
+        row = hostile_row(strategy)
+        assert row.status in (Status.INVALID_REPORT, Status.UNVERIFIED, Status.AUDITED, Status.AUDIT_FAILED)
+        assert_the_round_went_on(strategy, result)
+
+    @pytest.mark.parametrize("dtype", ["int64", "uint8", "bool"])
+    def test_inputs_that_are_whole_numbers_are_not_blown_up_to_floats(self, dtype):
+        head = json.loads(honest_content(HOSTILE, True)[REPORT_KEY]["head"])
+        size = 4 * 16 * 4 // np.dtype(dtype).itemsize
+        head["arrays"]["inputs"] = [dtype, [4, size // 4]]
+        record = ConfigRecord({**honest_content(HOSTILE, True)[REPORT_KEY], "head": json.dumps(head)})
+        strategy, _ = play(content_with(**{REPORT_KEY: record}))
+        row = hostile_row(strategy)
+        assert (row.status, row.detail) == (Status.INVALID_REPORT, f"expected floating-point inputs, got {dtype}")
+
+    @pytest.mark.parametrize(
+        ("batches", "problem"),
+        [
+            ([[0]] * 2000, "2000 local steps, more than the 1024 that are replayed"),
+            ([[0] * 5000], "a mini-batch of 5000 of 4 examples, each more than 8 times"),
+        ],
+    )
+    def test_training_of_any_length_can_be_claimed_and_is_not_replayed(self, batches, problem):
+        head = json.loads(honest_content(HOSTILE, True)[REPORT_KEY]["head"])
+        head["trace"] |= {"batches": batches, "lr": [0.1] * len(batches)}
+        record = ConfigRecord({**honest_content(HOSTILE, True)[REPORT_KEY], "head": json.dumps(head)})
+        strategy, _ = play(content_with(**{REPORT_KEY: record}))
+        row = hostile_row(strategy)
+        assert (row.status, row.detail, row.noise_std) == (Status.UNVERIFIED, problem, 0)
+
+    def test_a_head_of_nothing_but_brackets_is_not_read(self):
+        record = changed()
+        record["head"] = "[" + "[]," * (2 * 1024**2) + "[]]"
+        tracemalloc.start()
+        try:
+            strategy, _ = play(content_with(**{REPORT_KEY: record}))
+            assert tracemalloc.get_traced_memory()[1] < 2**27
+        finally:
+            tracemalloc.stop()
+        assert "expected a head of at most" in hostile_row(strategy).detail
+
+    def test_a_report_cannot_speak_for_another_client(self):
+        """A forged record of ours: the name is the client's to choose, the node it is charged to is not."""
+        report = report_of(type("R", (), {"has_error": lambda s: False, "content": honest_content(HOSTILE, True)})())
+        stolen = encode_report(type(report)(**{**report.__dict__, "client": str(HONEST[0])}))
+        strategy, result = play(content_with(**{REPORT_KEY: stolen}))
+        assert [row.node_id for row in strategy.estimates] == [*HONEST, HOSTILE]
+        assert hostile_row(strategy).client == str(HONEST[0])
+        assert_the_round_went_on(strategy, result)
+
+    @pytest.mark.parametrize("times", [2, 5])
+    def test_replies_that_come_again_count_once(self, times):
+        strategy, result = play(content_with(), times=times)
+        rows = [row for row in strategy.estimates if row.node_id == HOSTILE]
+        assert [row.action for row in rows] == ["passed"] + ["excluded"] * (times - 1)
+        assert_the_round_went_on(strategy, result)
+
+    def test_a_reply_to_nothing_that_was_sent_is_not_averaged(self):
+        strategy, _ = play(content_with())
+        stranger = through_the_wire(Message(content=content_with(), reply_to=train_message()))
+        stranger.metadata.__dict__["_src_node_id"] = 999
+        strategy.estimates.clear()
+        strategy.aggregate_train(1, [stranger])
+        row = next(row for row in strategy.estimates if row.node_id == 999)
+        assert (row.action, row.detail) == ("excluded", "a reply from a node that was not asked")
