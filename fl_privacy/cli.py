@@ -17,6 +17,7 @@ from rich.console import Console
 from fl_privacy.audit.chain import Verification
 from fl_privacy.audit.ledger import Ledger, LedgerEntry
 from fl_privacy.audit.table import round_table
+from fl_privacy.commands.audit import audit
 from fl_privacy.commands.report import report
 from fl_privacy.commands.study import study
 from fl_privacy.commands.validate import validate
@@ -33,8 +34,8 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Read the ledger of a privacy audit, and check the numbers in it against real attacks.",
-    epilog="Exit codes: 0 all is well, 1 verify found tampering, 2 wrong usage or no usable ledger.",
+    help="Audit what updates give away, read the ledger of an audit, and check the numbers against real attacks.",
+    epilog="Exit codes: 0 all is well, 1 a finding (tampering, too much leakage), 2 wrong usage or nothing usable.",
 )
 
 LedgerArgument = Annotated[
@@ -104,6 +105,9 @@ def show(
         typer.echo("no rows match", err=True)
 
 
+app.command(epilog="Exit codes: 0 audited, 1 leakage may be above --fail-above, 2 wrong usage or nothing to audit.")(
+    audit
+)
 app.command(epilog="Exit codes: 0 written, 1 written, but the ledger was tampered with, 2 nothing written.")(report)
 app.command(epilog="Exit codes: 0 done, 2 wrong usage or missing data.")(validate)
 app.add_typer(study, name="study")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +48,11 @@ class StudyCommand(TyperCommand):
         """Adds the options before they are parsed."""
         if not self.params:
             with user_errors():
-                self.params = [*map(_option, settings_of(load_study(str(self.name)).settings)), _output(str(self.name))]
+                self.params = [
+                    *map(_option, settings_of(load_study(str(self.name)).settings)),
+                    _output(str(self.name)),
+                    _AS_JSON,
+                ]
         return super().make_context(info_name, args, parent, **extra)
 
 
@@ -100,6 +106,11 @@ def _option(setting: Setting) -> TyperOption:
     )
 
 
+_AS_JSON = TyperOption(
+    param_decls=["as_json", "--json"], is_flag=True, default=False, help="Print the summary as JSON."
+)
+
+
 def _output(name: str) -> TyperOption:
     return TyperOption(
         param_decls=["output", "--output", "-o"],
@@ -113,13 +124,17 @@ def _output(name: str) -> TyperOption:
 def _conducted(name: str) -> Any:
     """Returns what runs a study."""
 
-    def run(output: Path, **options: Any) -> None:
+    def run(output: Path, as_json: bool, **options: Any) -> None:
         with user_errors():
             chosen = load_study(name)
             settings = chosen.settings(**options)
             with progress_bar(name) as progress:
                 rows = conduct(chosen, settings, output, progress=progress)
-            _print(chosen.summarize(settings, rows), output)
+            summary = chosen.summarize(settings, rows)
+        if as_json:
+            typer.echo(json.dumps({"output": str(output), **asdict(summary)}))
+        else:
+            _print(summary, output)
 
     return run
 

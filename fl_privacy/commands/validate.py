@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -34,6 +37,7 @@ def validate(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the CSV and the figure.")] = Path(
         "runs/validation"
     ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
 ) -> None:
     """Attack noisy gradients of single images and compare the error with the prediction.
 
@@ -41,7 +45,9 @@ def validate(
     the output folder, or name another, to begin anew or with other settings.
     """
     with user_errors():
-        _validate(dataset, data_root, model, initialization, noise or [], attack or [], num_images, seed, output)
+        _validate(
+            dataset, data_root, model, initialization, noise or [], attack or [], num_images, seed, output, as_json
+        )
 
 
 def _validate(
@@ -54,6 +60,7 @@ def _validate(
     num_images: int,
     seed: int,
     output: Path,
+    as_json: bool,
 ) -> None:
     from fl_privacy.attacks import ATTACKS
     from fl_privacy.studies.settings import claim_folder
@@ -81,9 +88,29 @@ def _validate(
     console = result_console()
     overall, levels = summarize(rows)
     title = f"{model} on {dataset}: reached error over predicted error"
-    console.print(_table(title, overall, levels))
     draw_agreement(rows, output / "agreement.png", title=f"{model}, {dataset}")
+    if as_json:
+        typer.echo(json.dumps({"output": str(output), "overall": _plain(overall), "levels": _levels(levels)}))
+        return
+    console.print(_table(title, overall, levels))
     console.print(f"{output / 'results.csv'}, {output / 'agreement.png'}")
+
+
+def _levels(levels: dict[float, Agreement]) -> list[dict[str, Any]]:
+    return [{"noise_std": level, **_plain(agreement)} for level, agreement in levels.items()]
+
+
+def _plain(agreement: Agreement) -> dict[str, Any]:
+    """Returns the figures as strict JSON holds them, which has no NaN."""
+    figures = asdict(agreement)
+    figures["spearman"] = list(agreement.spearman)
+    return {name: _finite(value) for name, value in figures.items()}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return value if not isinstance(value, float) or math.isfinite(value) else None
 
 
 def _table(title: str, overall: Agreement, levels: dict[float, Agreement]) -> Table:
