@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -85,12 +86,9 @@ def _gradient(model: nn.Module, loss: Loss, task: AuditTask) -> dict[str, Array]
     jacobian = UpdateJacobian(GradientUpdate(model, loss), theta, inputs, torch.as_tensor(task.labels)[None])
     flat = jacobian.update()[0]
     layout = ParameterLayout.of(model)
-    sizes = [theta[name].numel() for name in layout.names]
-    return {
-        name: part.reshape(theta[name].shape).numpy()
-        for name, part in zip(layout.names, flat.split(sizes), strict=True)
-    }
+    parts = torch.split(flat, [theta[name].numel() for name in layout.names])
+    return {name: part.reshape(theta[name].shape).numpy() for name, part in zip(layout.names, parts, strict=True)}
 
 
 def _negated(update: Mapping[str, Array]) -> dict[str, Array]:
-    return {name: -array for name, array in update.items()}  # type: ignore[operator]  # arrays of numbers
+    return {name: np.negative(array) for name, array in update.items()}

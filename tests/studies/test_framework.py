@@ -150,7 +150,7 @@ class TestSettings:
         assert study.name == name
         command = StudyCommand(name, callback=print)
         with command.make_context(name, []) as context:
-            defaults = {key: value for key, value in context.params.items() if key != "output"}
+            defaults = {key: value for key, value in context.params.items() if key not in ("output", "as_json")}
         assert study.settings(**defaults) == study.settings()
         assert all(setting.help.endswith(".") for setting in settings_of(study.settings))
         assert set(study.key) <= {item.name for item in dataclasses.fields(study.row)}
