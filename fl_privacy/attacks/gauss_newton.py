@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,13 +12,17 @@ from torch import Tensor
 from fl_privacy.attacks.labels import labelled
 from fl_privacy.attacks.problem import AttackProblem
 from fl_privacy.attacks.result import Reconstruction, StopReason, best_of
+from fl_privacy.attacks.smoothing import has_kinks, rounded
 from fl_privacy.attacks.step import GaussNewtonSteps, WhitenedJacobian
 from fl_privacy.errors import InvalidInputError
+from fl_privacy.influence.update import UpdateMap
 
 _RIDGE_DROP = 100.0
 """Factor between the ridges of two stages of the continuation: 10 in the standard deviation of the noise."""
 _TRIALS = 12
 """Dampings tried from one point before the attack is called stalled."""
+_ROUGH_STEPS, _ROUGH_RTOL = 8, 0.005
+"""Most steps at one width of rounding, and the share of the objective that each must gain."""
 _IDLE_STEPS = 5
 """Steps in a row that lower the objective by less than the tolerance before the attack is called stalled."""
 
@@ -34,8 +39,9 @@ class GaussNewton:
     problem is nearly linear, and lowers it by stages (continuation in σ). The damping η is zero until a step fails,
     and then a share of λ_max(M), for updates with strong curvature.
 
-    The update of a network with kinks (ReLU) jumps where a unit switches, and the search stalls beside the mode. From
-    there it hops: it starts again from the best point, moved at random, where the update is not explained yet.
+    The update of a network with kinks (ReLU) jumps where a unit switches, and the search stalls far from the mode. It
+    first looks for the mode of the same network with its ReLUs rounded off, in stages of less and less width. Where it
+    stalls all the same it hops: it starts again from the best point, moved at random.
 
     A unit has converged when its linearised objective can fall by no more than `tolerance`·D. In the metric of the
     posterior that is the squared distance to its mode, which for a draw of the posterior is D.
@@ -46,6 +52,8 @@ class GaussNewton:
         max_products: Most products with G per linearisation.
         krylov_rtol: Share of a step's decrement that its Lanczos iteration may leave.
         damping: The first η, relative to λ_max(M).
+        rounding: Widths to which `nn.ReLU` modules are rounded off in turn, relative to what their units see; empty to
+            attack the network as it is. Networks without them are not concerned.
         num_starts: 1: the prior mean. Each more: a draw of the prior. The most probable result is kept.
         hops: Most restarts from the best point, for units that have not converged or are not explained.
         hop_std: Standard deviation of a hop per input element, relative to τ.
@@ -60,6 +68,7 @@ class GaussNewton:
     max_products: int = 512
     krylov_rtol: float = 0.02
     damping: float = 1e-5
+    rounding: tuple[float, ...] = (0.5, 0.15, 0.05, 0.015)
     num_starts: int = 1
     hops: int = 4
     hop_std: float = 0.1
@@ -73,6 +82,8 @@ class GaussNewton:
         for name in ("max_steps", "max_products", "num_starts"):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"expected {name} >= 1, got {getattr(self, name)}")
+        if not all(math.isfinite(width) and width > 0 for width in self.rounding):
+            raise InvalidInputError(f"expected rounding widths > 0, got {self.rounding}")
         if self.hops < 0:
             raise InvalidInputError(f"expected hops >= 0, got {self.hops}")
 
@@ -90,13 +101,25 @@ class GaussNewton:
         starts = [problem.start()]
         for _ in range(self.num_starts - 1):
             starts.append(problem.prior.sample(problem.num_units, problem.num_private, generator))
-        best = best_of([_Descent(self, problem, x).run() for x in starts])
+        widths = self.rounding if has_kinks(problem.update) else ()
+        best = best_of([self._descend(problem, x, [rounded(problem, width) for width in widths]) for x in starts])
         for _ in range(self.hops):
             open_units = (~(best.converged & best.explained)).nonzero().squeeze(1)
             if not len(open_units):
                 break
             best = self._hop(problem, best, open_units, generator)
         return best
+
+    def _descend(self, problem: AttackProblem, start: Tensor, stages: Sequence[UpdateMap]) -> Reconstruction:
+        """Returns what is found from a start, by way of the modes of other, smoother updates."""
+        x, spent, history = start, torch.zeros(problem.num_units, dtype=torch.long, device=start.device), []
+        for smooth in stages:
+            stage = _Descent(self, replace(problem, update=smooth), x, continuation=False, rough=True).run()
+            x = torch.where(stage.inputs.flatten(1).isfinite().all(-1, keepdim=True), stage.inputs.flatten(1), x)
+            spent += stage.products
+            history.append(stage.history)
+        found = _Descent(self, problem, x, continuation=not stages).run()
+        return replace(found, products=found.products + spent, history=torch.cat([*history, found.history]))
 
     def _hop(
         self, problem: AttackProblem, best: Reconstruction, units: Tensor, generator: torch.Generator
@@ -111,8 +134,17 @@ class GaussNewton:
 class _Descent:
     """Levenberg–Marquardt from one start per unit. State is per unit, `[U]`, in float64 where it is a number."""
 
-    def __init__(self, config: GaussNewton, problem: AttackProblem, x: Tensor, *, continuation: bool = True) -> None:
+    def __init__(
+        self,
+        config: GaussNewton,
+        problem: AttackProblem,
+        x: Tensor,
+        *,
+        continuation: bool = True,
+        rough: bool = False,
+    ) -> None:
         self.config, self.problem = config, problem
+        self.rough = rough  # on the way to another problem, so that neither the last digit nor all steps are worth it
         self.x = x.clone()
         self.stop: list[StopReason | None] = [None] * problem.num_units
         jacobian = problem.jacobian(x)
@@ -130,7 +162,7 @@ class _Descent:
         self.history: list[Tensor] = []
 
     def run(self) -> Reconstruction:
-        for _ in range(self.config.max_steps):
+        for _ in range(min(_ROUGH_STEPS, self.config.max_steps) if self.rough else self.config.max_steps):
             active = [unit for unit, reason in enumerate(self.stop) if reason is None]
             if not active:
                 break
@@ -158,6 +190,7 @@ class _Descent:
         self.products[units] += steps.products + 2
         near = steps.decrement(ridge).upper <= allowed
         moved, decrease = self._try_dampings(units, problem, steps, target)
+        slow = decrease < (_ROUGH_RTOL if self.rough else 0.0) * self._objective(units)
         self.idle[units] = torch.where(decrease < allowed, self.idle[units] + 1, 0)
         self._record(units)
         for index, unit in enumerate(units.tolist()):
@@ -166,7 +199,7 @@ class _Descent:
                 self.stop[unit] = StopReason.NOT_FINITE
             elif final and near[index]:
                 self.stop[unit] = StopReason.CONVERGED
-            elif final and (not moved[index] or self.idle[unit] >= _IDLE_STEPS):
+            elif final and (not moved[index] or self.idle[unit] >= _IDLE_STEPS or bool(slow[index])):
                 self.stop[unit] = StopReason.STALLED
             elif near[index] or not moved[index] or self.damping[unit] == 0:
                 self.ridge[unit] = max(float(ridge[index]) / _RIDGE_DROP, self.final_ridge)
@@ -214,10 +247,13 @@ class _Descent:
     def _squared_deviation(self, x: Tensor) -> Tensor:
         return self.problem.prior.deviation(x).double().square().sum(-1)
 
+    def _objective(self, units: Tensor) -> Tensor:
+        energy = self.problem.noise.select(units).energy(self.residual[units])
+        return (energy + self.problem.prior.energy(self.x[units])).double()
+
     def _record(self, units: Tensor) -> None:
         row = torch.full_like(self.ridge, math.nan)
-        energy = self.problem.noise.select(units).energy(self.residual[units])
-        row[units] = (energy + self.problem.prior.energy(self.x[units])).double()
+        row[units] = self._objective(units)
         self.history.append(row)
 
 

@@ -15,7 +15,7 @@ from fl_privacy.commands.progress import progress_bar, result_console, user_erro
 from fl_privacy.interval import Interval
 
 if TYPE_CHECKING:
-    from fl_privacy.validation import Agreement
+    from fl_privacy.validation import Agreement, ValidationSettings
 
 
 def validate(
@@ -33,6 +33,11 @@ def validate(
         list[str] | None, typer.Option(help="Attack by name; give it several times. Default: gauss-newton.")
     ] = None,
     num_images: Annotated[int, typer.Option(help="Images of the test set.")] = 50,
+    precision: Annotated[
+        str, typer.Option(help="float64, or float32: faster, and enough for noise above 1e-3 of the update's size.")
+    ] = "float64",
+    images_at_once: Annotated[int, typer.Option(help="Images that are attacked side by side.")] = 10,
+    hops: Annotated[int, typer.Option(help="Most restarts of gauss-newton where it has not converged.")] = 4,
     seed: Annotated[int, typer.Option(help="Of initialization and noise.")] = 0,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the CSV and the figure.")] = Path(
         "runs/validation"
@@ -45,50 +50,41 @@ def validate(
     the output folder, or name another, to begin anew or with other settings.
     """
     with user_errors():
-        _validate(
-            dataset, data_root, model, initialization, noise or [], attack or [], num_images, seed, output, as_json
+        from fl_privacy.validation import ValidationSettings
+
+        settings = ValidationSettings(
+            dataset=dataset,
+            data_root=data_root,
+            model=model,
+            initialization=initialization,  # type: ignore[arg-type]  # checked when built
+            num_images=num_images,
+            precision=precision,  # type: ignore[arg-type]  # checked when built
+            images_at_once=images_at_once,
+            hops=hops,
+            seed=seed,
+            **({"noise_stds": tuple(noise)} if noise else {}),  # type: ignore[arg-type]
         )
+        _validate(settings, attack or ["gauss-newton"], output, as_json=as_json)
 
 
-def _validate(
-    dataset: str,
-    data_root: str,
-    model: str,
-    initialization: str,
-    noise: list[float],
-    attack: list[str],
-    num_images: int,
-    seed: int,
-    output: Path,
-    as_json: bool,
-) -> None:
-    from fl_privacy.attacks import ATTACKS
+def _validate(settings: ValidationSettings, names: list[str], output: Path, *, as_json: bool) -> None:
+    from fl_privacy.attacks import ATTACKS, GaussNewton
     from fl_privacy.studies.settings import claim_folder
-    from fl_privacy.validation import ValidationSettings, run_validation, summarize
+    from fl_privacy.validation import run_validation, summarize
     from fl_privacy.validation.figure import draw_agreement
 
-    names = attack or ["gauss-newton"]
     unknown = [name for name in names if name not in ATTACKS]
     if unknown:
         raise ValueError(f"expected attacks among {', '.join(ATTACKS)}, got {', '.join(unknown)}")
-    settings = ValidationSettings(
-        dataset=dataset,
-        data_root=data_root,
-        model=model,
-        initialization=initialization,  # type: ignore[arg-type]  # checked when built
-        num_images=num_images,
-        seed=seed,
-        **({"noise_stds": tuple(noise)} if noise else {}),  # type: ignore[arg-type]
-    )
+    made = {name: ATTACKS[name]() for name in names if name != "gauss-newton"}
+    attacks = {"gauss-newton": GaussNewton(hops=settings.hops), **made} if "gauss-newton" in names else made
     claim_folder(output, "validate", settings)
     with progress_bar("attacking") as progress:
-        rows = run_validation(
-            settings, {name: ATTACKS[name]() for name in names}, output / "results.csv", progress=progress
-        )
+        rows = run_validation(settings, attacks, output / "results.csv", progress=progress)
     console = result_console()
     overall, levels = summarize(rows)
-    title = f"{model} on {dataset}: reached error over predicted error"
-    draw_agreement(rows, output / "agreement.png", title=f"{model}, {dataset}")
+    title = f"{settings.model} on {settings.dataset}: reached error over predicted error"
+    draw_agreement(rows, output / "agreement.png", title=f"{settings.model}, {settings.dataset}")
     if as_json:
         typer.echo(json.dumps({"output": str(output), "overall": _plain(overall), "levels": _levels(levels)}))
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,11 @@ class Scene:
         prior = GaussianPrior.from_examples(public.double())
         update = GradientUpdate(model, nn.CrossEntropyLoss())
         return cls(update, params, images.double()[:, None], labels[:, None], prior, settings.seed)
+
+    def to(self, dtype: torch.dtype) -> Scene:
+        """Returns the same scene in another floating-point type."""
+        params = {name: p.to(dtype) for name, p in self.params.items()}
+        return replace(self, params=params, images=self.images.to(dtype), prior=self.prior.to(dtype))
 
     def jacobian(self, group: Sequence[int]) -> UpdateJacobian:
         """Returns J at some of the images."""

@@ -8,6 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
+
+import torch
 
 from fl_privacy.attacks import Attack
 from fl_privacy.influence.i2f import influence_lower_bound
@@ -31,6 +34,10 @@ class ValidationSettings(SceneSettings):
     )
     num_probes: int = option(4, "As estimate_spectrum.", minimum=1)
     max_steps: int = option(256, "As estimate_spectrum.", minimum=1)
+    hops: int = option(4, "Most restarts of gauss-newton where it has not converged.", minimum=0)
+    precision: Literal["float64", "float32"] = option(
+        "float64", "Of all that is computed; float32 is faster, and enough for noise above 1e-3 of the update's size."
+    )
     images_at_once: int = option(
         10,
         "Images that are attacked side by side; a finished group is what a resumed study skips.",
@@ -94,7 +101,7 @@ def run_validation(
 
 
 def _portions(settings: ValidationSettings, attacks: Mapping[str, Attack]) -> Iterator[Portion[ValidationRow]]:
-    scene = Scene.of(settings)
+    scene = Scene.of(settings).to(getattr(torch, settings.precision))
     for group in groups(settings.num_images, settings.images_at_once):
         keys = [(i, std, name) for i in group for std in settings.noise_stds for name in attacks]
         yield Portion(keys, partial(_rows, scene, group, settings, attacks))
@@ -110,7 +117,7 @@ def _rows(
     )
     clean = jacobian.update()
     for level, noise_std in enumerate(settings.noise_stds):
-        noise = noise_std * scene.noise(group, level)
+        noise = (noise_std * scene.noise(group, level)).to(clean)
         bound = influence_lower_bound(jacobian, noise) / math.sqrt(jacobian.input_dim)
         problem = scene.problem(group, clean + noise, noise_std)
         for name, attack in attacks.items():

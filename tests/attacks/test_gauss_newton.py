@@ -20,6 +20,7 @@ from fl_privacy.attacks import (
     rmse,
 )
 from fl_privacy.attacks.noise import Noise
+from fl_privacy.attacks.smoothing import has_kinks, rounded
 from fl_privacy.errors import InvalidInputError
 
 from .cases import (
@@ -127,18 +128,48 @@ def relu_net() -> nn.Module:
         ).double()
 
 
-def test_on_a_network_with_kinks_hops_come_nearer_to_the_mode() -> None:
-    """Where a ReLU switches, the update jumps: the search stalls near the truth, says so, and gains by hopping."""
+def kinked_problem() -> Truth:
     inputs, labels = digits(3)
     update = GradientUpdate(relu_net(), nn.CrossEntropyLoss())
-    truth = shared_by(update, inputs, labels, noise_std=1e-3, prior=digits_prior())
-    stalled = GaussNewton(hops=0, max_steps=20).run(truth.problem)
+    return shared_by(update, inputs, labels, noise_std=1e-3, prior=digits_prior())
+
+
+def test_on_a_network_with_kinks_hops_come_nearer_to_the_mode() -> None:
+    """Where a ReLU switches, the update jumps: the search stalls near the truth, says so, and gains by hopping."""
+    truth = kinked_problem()
+    stalled = GaussNewton(hops=0, max_steps=20, rounding=()).run(truth.problem)
     assert not (stalled.converged & stalled.explained).any()
-    result = GaussNewton(hops=1, max_steps=20).run(truth.problem)
+    result = GaussNewton(hops=1, max_steps=20, rounding=()).run(truth.problem)
     assert (result.objective < stalled.objective).any()
     assert (result.objective <= stalled.objective).all()
     assert (result.products > stalled.products).all()
     assert (rmse(result.inputs, truth.inputs) < 0.1 * truth.problem.prior.std).all()
+
+
+def test_rounding_the_kinks_off_on_the_way_explains_what_the_search_alone_stalls_at() -> None:
+    truth = kinked_problem()
+    alone = GaussNewton(hops=0, max_steps=20, rounding=()).run(truth.problem)
+    result = GaussNewton(hops=0, max_steps=20).run(truth.problem)
+    assert (result.objective < alone.objective).all()
+    assert result.explained.all()
+    assert result.history.shape[0] > alone.history.shape[0]
+    assert (rmse(result.inputs, truth.inputs) < rmse(alone.inputs, truth.inputs)).all()
+
+
+def test_a_network_is_rounded_off_in_a_copy_and_narrows_to_itself() -> None:
+    truth = kinked_problem()
+    problem = truth.problem
+    exact = problem.residual(truth.inputs.flatten(1))
+    off = []
+    for width in (0.5, 0.05, 1e-6):
+        smooth = replace(problem, update=rounded(problem, width))
+        assert not has_kinks(smooth.update)
+        off.append(float((smooth.residual(truth.inputs.flatten(1)) - exact).norm() / problem.shared.norm()))
+    assert off[0] > off[1] > off[2]
+    assert off[2] < 0.02 * off[0]
+    assert has_kinks(problem.update)
+    torch.testing.assert_close(problem.residual(truth.inputs.flatten(1)), exact, rtol=0, atol=0)
+    assert not has_kinks(digits_problem(1, noise_std=1e-3).problem.update)
 
 
 def test_only_the_private_example_of_a_known_batch_is_rebuilt() -> None:
