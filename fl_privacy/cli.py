@@ -18,6 +18,7 @@ from fl_privacy.audit.chain import Verification
 from fl_privacy.audit.ledger import Ledger, LedgerEntry
 from fl_privacy.audit.table import round_table
 from fl_privacy.commands.audit import audit
+from fl_privacy.commands.compare_inits import compare_inits
 from fl_privacy.commands.report import report
 from fl_privacy.commands.study import study
 from fl_privacy.commands.validate import validate
@@ -110,6 +111,7 @@ app.command(epilog="Exit codes: 0 audited, 1 leakage may be above --fail-above, 
 )
 app.command(epilog="Exit codes: 0 written, 1 written, but the ledger was tampered with, 2 nothing written.")(report)
 app.command(epilog="Exit codes: 0 done, 2 wrong usage or missing data.")(validate)
+app.command(name="compare-inits", epilog="Exit codes: 0 done, 2 wrong usage or missing data.")(compare_inits)
 app.add_typer(study, name="study")
 
 

@@ -35,6 +35,8 @@ def audited(server_round: int, client: str, leakage: float) -> LeakageEstimate:
         leakage=Interval(max(0.0, leakage - 0.0151), leakage, min(1.0, leakage + 0.0151)),
         rmse=0.1234,
         psnr=18.17,
+        worst_example=1047,
+        worst_label=9,
         snr_db=math.inf,
         target_leakage=0.1,
         required_noise_std=0.00321 * server_round,
@@ -120,6 +122,9 @@ class TestShow:
         assert titles == ["run first, round 1", "run first, round 2", "run second, round 1"]
         assert result.stdout.count("0.93 [0.91, 0.95]") == 2
 
+    def test_the_worst_example_and_its_class_are_named(self, path: Path) -> None:
+        assert invoke("show", path).stdout.count("1047 (9)") == 4
+
     def test_filters(self, path: Path) -> None:
         shown = invoke("show", path, "--run", "first", "--round", 2, "--client", 9).stdout
         assert "run first, round 2" in shown
@@ -178,7 +183,8 @@ def rendered(table: Table, *, width: int = 120) -> list[str]:
 class TestRoundTable:
     def test_a_row_holds_what_the_client_gave_away(self) -> None:
         lines = rendered(round_table([audited(1, "3", 0.93)]))
-        cells = ["3", "120", "LocalDpMod(clip=1.0)", "0.93", "[0.91,", "0.95]", "0.123", "18.2", "0.00321", "audited"]
+        cells = ["3", "120", "LocalDpMod(clip=1.0)", "0.93", "[0.91,", "0.95]", "0.123", "18.2", "1047", "(9)"]
+        cells += ["0.00321", "audited"]
         assert lines[-1].split() == cells
         assert "for 0.1" in lines[1]
 
@@ -202,7 +208,7 @@ class TestRoundTable:
         rows = [silent(1, name, Status.NO_REPLY, "no answer within 30 s") for name in ("12", "7")]
         lines = rendered(round_table([*rows, audited(1, "3", 0.5)]))
         assert [line.split()[0] for line in lines[3:6]] == ["3", "7", "12"]
-        assert lines[4].split() == ["7", *"------", "no-reply,", "excluded"]
+        assert lines[4].split() == ["7", *"-------", "no-reply,", "excluded"]
         assert lines[-1].strip() == "7, 12: no-reply: no answer within 30 s"
 
     def test_it_fits_into_120_columns_with_nothing_cut(self) -> None:
@@ -231,7 +237,7 @@ class TestRoundTable:
         assert lines[-1].strip() == "and 88 further notes, which the ledger holds in full"
 
     def test_an_empty_round(self) -> None:
-        assert "client" in rendered(round_table([]))[0]
+        assert "client" in rendered(round_table([]))[1]
 
 
 class TestSummaryTable:

@@ -38,6 +38,7 @@ def round_table(estimates: Iterable[LeakageEstimate], *, title: str | None = Non
     table.add_column("leakage", justify="right", no_wrap=True)
     table.add_column("rmse", justify="right", no_wrap=True)
     table.add_column("PSNR dB", justify="right", no_wrap=True)
+    table.add_column("worst\n(class)", justify="right", no_wrap=True)
     table.add_column(_noise_heading(rows), justify="right", no_wrap=True)
     table.add_column("status")
     for row in rows:
@@ -49,6 +50,7 @@ def round_table(estimates: Iterable[LeakageEstimate], *, title: str | None = Non
             Text(leakage_text(row.leakage), style=_leakage_style(row.leakage)),
             number_text(row.rmse),
             ABSENT if row.psnr is None else f"{row.psnr:.1f}",
+            _worst_example(row),
             number_text(row.required_noise_std),
             Text(plain(f"{row.status}{excluded}"), style=_status_style(row.status)),
         )
@@ -162,6 +164,13 @@ def _leakage_style(interval: Interval[float] | None) -> str:
 
 def _status_style(status: Status) -> str:
     return "" if status is Status.AUDITED else "yellow" if status.has_estimate else "bold red"
+
+
+def _worst_example(row: LeakageEstimate) -> str:
+    """Returns `17 (2)`: the example that leaks most, among those of the round, and its class."""
+    if row.worst_example is None:
+        return ABSENT
+    return f"{row.worst_example}" if row.worst_label is None else f"{row.worst_example} ({row.worst_label})"
 
 
 def _notes(rows: Sequence[LeakageEstimate]) -> Text | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import typer
 from rich.table import Table
+from rich.text import Text
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from fl_privacy.commands.progress import progress_bar, result_console, user_errors
@@ -140,9 +141,11 @@ def _conducted(name: str) -> Any:
 
 
 def _print(summary: Summary, folder: Path) -> None:
-    table = Table(*summary.headings, caption_justify="left")
+    table = Table()
+    for heading in summary.headings:
+        table.add_column(Text(heading))
     for line in summary.lines:
-        table.add_row(*line)
+        table.add_row(*map(Text, line))
     console = result_console()
     console.print(table)
     console.print(summary.sentence, markup=False)

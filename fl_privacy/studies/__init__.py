@@ -26,6 +26,12 @@ __all__ = ["STUDIES", "Portion", "Settings", "Study", "Summary", "conduct", "loa
 STUDIES: Mapping[str, str] = MappingProxyType(
     {
         "ridge": "Which ridge predicts an attack's error: the paper's 0.1, 1 and 10, or noise over prior variance.",
+        "directions": "How far noise along single eigenvectors leads an attack astray: the law of 1/√λ, and its end.",
+        "unfairness": "How unevenly one noise level protects, per example and per class.",
+        "initialization": "How much gradients leak under different initialisations, at absolute and relative noise.",
+        "training": "How leakage changes over the rounds of federated averaging.",
+        "batch-size": "How leakage depends on batch size and local steps, of one example and of the whole batch.",
+        "time": "What predictions cost beside the attacks that they spare, in seconds and in gradients.",
     }
 )
 """What each study asks, by its name; the module has the same name with underscores."""

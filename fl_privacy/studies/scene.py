@@ -18,17 +18,23 @@ from fl_privacy.studies.settings import Settings, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class SceneSettings(Settings):
-    """Which model, which images."""
+class ImageSettings(Settings):
+    """Which model, which images; how the model is initialised is left open."""
 
     dataset: str = option("digits", "digits, mnist, fashion-mnist, cifar10 or folder.")
     data_root: str = option("data", "Where the data set's files are.", recorded=False)
     model: str = option("lenet", "linear, mlp, lenet, digitsnet, resnet8, resnet18 or vit.")
+    num_images: int = option(10, "Images, the first of the test set.", minimum=1)
+    seed: int = option(0, "Of initialization and noise.", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneSettings(ImageSettings):
+    """Which model, which images, which parameters."""
+
     initialization: Initialization = option(
         "uniform", "How parameters are drawn; uniform is U(-0.5, 0.5), as in the paper, default the model's own."
     )
-    num_images: int = option(10, "Images, the first of the test set.", minimum=1)
-    seed: int = option(0, "Of initialization and noise.", minimum=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,19 +58,24 @@ class Scene:
     seed: int
 
     @classmethod
-    def of(cls, settings: SceneSettings) -> Scene:
+    def of(cls, settings: SceneSettings, *, num_images: int | None = None) -> Scene:
         """Returns the scene that settings describe.
+
+        Args:
+            settings: Which model, which images.
+            num_images: Images to load, where they are not `settings.num_images`.
 
         Raises:
             InvalidInputError: The data set has too few images.
         """
         data = load_dataset(settings.dataset, root=settings.data_root)
-        if len(data.test) < settings.num_images:
-            raise InvalidInputError(f"expected at most {len(data.test)} images, got {settings.num_images}")
+        count = settings.num_images if num_images is None else num_images
+        if len(data.test) < count:
+            raise InvalidInputError(f"expected at most {len(data.test)} images, got {count}")
         torch.manual_seed(settings.seed)
         model = build_model(settings.model, input_shape=data.input_shape, num_classes=data.num_classes)
         initialize_(model, settings.initialization)
-        images, labels = data.test.select(slice(0, settings.num_images))
+        images, labels = data.test.select(slice(0, count))
         public, _ = data.train.select(slice(0, 2000))
         params = {name: p.detach().double() for name, p in model.named_parameters()}
         prior = GaussianPrior.from_examples(public.double())

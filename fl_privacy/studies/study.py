@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from fl_privacy.extras import require
 from fl_privacy.studies.results import Portion, Progress, R, fill
 from fl_privacy.studies.settings import Settings, claim_folder
 
@@ -79,8 +80,6 @@ def conduct(study: Study[S, Any], settings: S, folder: Path, *, progress: Progre
 
 def save_figure(path: Path, draw: Callable[[Figure], None], *, size: tuple[float, float]) -> None:
     """Writes what `draw` draws; the file's ending says in which format."""
-    from fl_privacy.extras import require  # its package imports torch
-
     figure: Figure = require("matplotlib.figure").Figure(figsize=size, layout="constrained")
     draw(figure)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,88 @@
+"""`fl-privacy compare-inits`: how much a user's own model leaks under different initialisations."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from fl_privacy.commands.progress import progress_bar, result_console, user_errors
+
+if TYPE_CHECKING:
+    from fl_privacy.studies.comparison import InitializationExposure
+
+
+def compare_inits(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODULE:FUNCTION",
+            show_default=False,
+            help="What returns a new model when it is called without arguments; modules of this folder are found, too.",
+        ),
+    ],
+    data: Annotated[
+        str,
+        typer.Option(help="digits, mnist, fashion-mnist, cifar10, or an .npz file with arrays inputs and labels."),
+    ] = "digits",
+    data_root: Annotated[str, typer.Option(help="Where the data set's files are.")] = "data",
+    noise_std: Annotated[float, typer.Option(help="Noise on the gradient, standard deviation per parameter.")] = 1e-3,
+    target_leakage: Annotated[float, typer.Option(help="Leakage for which the noise is asked.")] = 0.5,
+    num_examples: Annotated[int, typer.Option(help="Examples to audit, the first ones.")] = 10,
+    num_draws: Annotated[int, typer.Option(help="Draws of each initialization.")] = 3,
+    seed: Annotated[int, typer.Option(help="Of the first draw.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")] = False,
+) -> None:
+    """Print how much the gradients of your model leak under each initialization, and the noise that would stop it.
+
+    Classifiers with cross-entropy loss; one example per gradient. The last column compares what initializations give
+    away whatever the size of their gradients is.
+    """
+    with user_errors():
+        from fl_privacy.studies.comparison import ComparisonSettings, compare, load_examples, model_factory
+
+        settings = ComparisonSettings(
+            noise_std=noise_std,
+            target_leakage=target_leakage,
+            num_examples=num_examples,
+            num_draws=num_draws,
+            seed=seed,
+        )
+        factory, examples = model_factory(model), load_examples(data, root=Path(data_root))
+        with progress_bar("comparing") as progress:
+            found = compare(factory, examples, settings, progress=progress)
+    if as_json:
+        typer.echo(json.dumps([asdict(exposure) for exposure in found]))
+    else:
+        result_console().print(_table(model, settings.noise_std, settings.target_leakage, found))
+
+
+def _table(model: str, noise_std: float, target: float, found: list[InitializationExposure]) -> Table:
+    table = Table(
+        title=Text(f"{model}, most exposed first"),
+        caption=Text("median [least, most] over examples and draws; ‖g‖: norm of the gradient"),
+    )
+    for heading in (
+        "initialization",
+        "‖g‖",
+        f"leakage at σ = {noise_std:g}",
+        f"σ for leakage {target:g}",
+        f"σ/‖g‖ for leakage {target:g}",
+    ):
+        table.add_column(heading, justify="left" if heading == "initialization" else "right")
+    for exposure in found:
+        table.add_row(
+            exposure.initialization,
+            *map(_spread, (exposure.gradient_norm, exposure.leakage, exposure.required, exposure.relative)),
+        )
+    return table
+
+
+def _spread(values: tuple[float, float, float]) -> str:
+    least, middle, most = values
+    return f"{middle:.3g} [{least:.3g}, {most:.3g}]"
