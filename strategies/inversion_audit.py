@@ -27,6 +27,7 @@ from fl_privacy.errors import InvalidInputError, LedgerError
 from fl_privacy.flower.request import Request
 from fl_privacy.influence.layout import ParameterLayout
 from fl_privacy.influence.update import Loss
+from fl_privacy.monitoring.callback import RoundCallback, close_all, notify
 from fl_privacy.strategies.display import RoundDisplay
 from fl_privacy.strategies.replies import Reading, read_replies
 
@@ -71,6 +72,7 @@ class InversionAudit(Strategy):
         max_report_bytes: Most bytes of one client's report to accept.
         show: Whether to print a table after each round and a summary at the end.
         run_id: Name of this run in the ledger. Default: a random one.
+        callbacks: Told of every audited round, such as `fl_privacy.monitoring.TensorBoardCallback`.
 
     Raises:
         InvalidInputError: An option is out of range.
@@ -92,6 +94,7 @@ class InversionAudit(Strategy):
         max_report_bytes: int = 1024**3,
         show: bool = True,
         run_id: str | None = None,
+        callbacks: Sequence[RoundCallback] = (),
     ) -> None:
         super().__init__()
         if on_audit_failure not in get_args(OnAuditFailure):
@@ -105,6 +108,7 @@ class InversionAudit(Strategy):
         self.source = Source(source)
         self.run_id = run_id or uuid.uuid4().hex[:12]
         self.estimates: list[LeakageEstimate] = []
+        self.callbacks = tuple(callbacks)
         self.result: Result | None = None
         self._names: dict[int, str] = {}
         self._auditor = Auditor(model, loss, settings=settings, executor=executor, time_limit=time_limit)
@@ -165,6 +169,7 @@ class InversionAudit(Strategy):
             self._auditor.close()
         finally:
             self._write([])
+            close_all(self.callbacks)
         if self.estimates:
             head = self._head()
             self._display.summary(self.estimates, ledger=self._ledger_name, run_id=self.run_id, head=head)
@@ -201,6 +206,7 @@ class InversionAudit(Strategy):
         self.estimates.extend(rows)
         self._write(rows)
         self._display.round(server_round, rows)
+        notify(self.callbacks, server_round, rows)
         passed = [
             reading.reply
             for reading, row in zip(readings, rows, strict=True)

@@ -400,6 +400,27 @@ class TestLedger:
         assert [entry.estimate for entry in Ledger(path).rows()] == strategy.estimates
 
 
+class TestCallbacks:
+    def test_they_are_told_of_every_round_and_closed_and_may_fail(self):
+        told = []
+
+        class Listening:
+            def on_round(self, server_round, rows):
+                told.append((server_round, list(rows)))
+
+            def close(self):
+                told.append("closed")
+
+        class Failing:
+            def on_round(self, server_round, rows):
+                raise RuntimeError("the disk is full")
+
+        strategy = audit(callbacks=[Failing(), Listening()])
+        result = run(strategy, grid_of(), rounds=2)
+        assert told == [(1, strategy.estimates[:3]), (2, strategy.estimates[3:]), "closed"]
+        assert_same_arrays(result.arrays, plain_result(grid_of(), rounds=2))
+
+
 class ClosingExecutor(SerialExecutor):
     """Counts how often its workers are ended."""
 
