@@ -1,5 +1,6 @@
 """Server-side strategies that audit what clients share."""
 
 from fl_privacy.strategies.inversion_audit import InversionAudit
+from fl_privacy.strategies.older_api import OlderInversionAudit
 
-__all__ = ["InversionAudit"]
+__all__ = ["InversionAudit", "OlderInversionAudit"]

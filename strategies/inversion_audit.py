@@ -110,6 +110,7 @@ class InversionAudit(Strategy):
         self.estimates: list[LeakageEstimate] = []
         self.callbacks = tuple(callbacks)
         self.result: Result | None = None
+        self.expect_aggregates = False  # whether replies that are all the same mean secure aggregation
         self._names: dict[int, str] = {}
         self._auditor = Auditor(model, loss, settings=settings, executor=executor, time_limit=time_limit)
         own = self.source is Source.CLIENT
@@ -201,6 +202,7 @@ class InversionAudit(Strategy):
             max_report_bytes=self._max_report_bytes,
             names=self._names,
             weighted_by=_weight_of(self.strategy),
+            expect_aggregates=self.expect_aggregates,
         )
         rows = [self._decide(reading) for reading in self._audit(readings)]
         self.estimates.extend(rows)

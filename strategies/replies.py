@@ -51,6 +51,7 @@ def read_replies(
     max_report_bytes: int,
     names: dict[int, str],
     weighted_by: str | None = None,
+    expect_aggregates: bool = False,
 ) -> list[Reading]:
     """Returns a reading of every client that was asked, and takes the audit's records out of the replies.
 
@@ -66,14 +67,19 @@ def read_replies(
             What is learned of this round is added.
         weighted_by: Metric by which the inner strategy weighs replies. Flower's averaging raises, and ends the run, if
             one reply has other records or metrics than the rest: such a reply is then left out. `None`: none is.
+        expect_aggregates: Whether replies that all carry the same arrays are to be taken for what secure aggregation
+            leaves: the mean, in which no client's own update can be seen.
     """
     expected = {name: array.numpy() for name, array in arrays.items()}
     node_of = {message.metadata.message_id: message.metadata.dst_node_id for message in sent}
     silent = dict.fromkeys(message.metadata.dst_node_id for message in sent)
-    readings = []
+    readings: list[Reading] = []
+    aggregate = expect_aggregates and _are_all_the_same(replies)
     for reply in replies:
         node_id = node_of.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
         readings.append(_read(server_round, node_id, reply, expected, trained, request, max_report_bytes))
+        if aggregate and readings[-1].aggregable:
+            _mark_aggregate(readings[-1])
         if node_id in silent:
             del silent[node_id]
         elif node_id in node_of.values():
@@ -234,6 +240,29 @@ def _reject_odd_ones(readings: Sequence[Reading], weighted_by: str) -> None:
         if shape != usual:
             detail = "its records or metrics are not those of the other replies: they cannot be averaged together"
             _reject(readings[index], Status.INVALID_UPDATE, detail)
+
+
+def _are_all_the_same(replies: Sequence[Message]) -> bool:
+    """Whether several clients answered with one and the same arrays."""
+    bodies = [
+        tuple(array.data for record in reply.content.array_records.values() for array in record.values())
+        for reply in replies
+        if not reply.has_error()
+    ]
+    return len(bodies) > 1 and all(body == bodies[0] for body in bodies)
+
+
+def _mark_aggregate(reading: Reading) -> None:
+    """Says that what arrived is no client's own; an audit that the client made of its own update stands."""
+    reading.task = None
+    if reading.row.source is Source.CLIENT:
+        detail = "aggregate only: what the client audited never arrived but as part of a mean"
+        reading.row = _changed(reading.row, detail=detail)
+    elif reading.row.status is Status.UNPROTECTED:
+        detail = "aggregate only, and no report: all replies carry the same arrays"
+        reading.row = _changed(reading.row, status=Status.AGGREGATE_ONLY, detail=detail)
+    elif reading.row.status not in (Status.REFUSED, Status.INVALID_REPORT):
+        reading.row = _changed(reading.row, status=Status.AGGREGATE_ONLY)
 
 
 def _shape_of(reply: Message) -> Hashable:

@@ -39,6 +39,8 @@ class Status(StrEnum):
     """The client sent no report (it runs without the mod): nothing is known, so nothing is assumed safe."""
     REFUSED = "refused"
     """The client runs the mod, but its own configuration does not allow what the server asks for."""
+    AGGREGATE_ONLY = "aggregate-only"
+    """Secure aggregation: only the mean of all clients' updates arrived, so no client's own could be audited here."""
     INVALID_UPDATE = "invalid-update"
     """The shared arrays have wrong names, shapes or dtypes, or hold NaN or infinity."""
     INVALID_REPORT = "invalid-report"

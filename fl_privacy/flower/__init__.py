@@ -2,5 +2,6 @@
 
 from fl_privacy.flower.capture import record_batch, record_batches
 from fl_privacy.flower.mod import InversionAuditMod
+from fl_privacy.flower.older_api import AuditedClient
 
-__all__ = ["InversionAuditMod", "record_batch", "record_batches"]
+__all__ = ["AuditedClient", "InversionAuditMod", "record_batch", "record_batches"]

@@ -1,0 +1,68 @@
+"""Clients and a strategy of the older API under Flower's simulation engine, each client auditing itself.
+
+python -m flower.older_simulated LEDGER plain|secure
+"""
+
+from __future__ import annotations
+
+import sys
+
+from flwr.client import NumPyClient
+from flwr.client.mod import secaggplus_mod
+from flwr.clientapp import ClientApp
+from flwr.common import ndarrays_to_parameters
+from flwr.server import LegacyContext, ServerApp, ServerConfig
+from flwr.server.strategy import FedAvg
+from flwr.server.workflow import DefaultWorkflow, SecAggPlusWorkflow
+from flwr.simulation import run_simulation
+from torch import nn
+
+from fl_privacy.audit import AuditSettings
+from fl_privacy.flower import AuditedClient
+from fl_privacy.strategies import OlderInversionAudit
+
+from .cases import new_model
+from .test_older_api import Trainer
+
+NODES, ROUNDS = 3, 2
+SECURE = sys.argv[2:] == ["secure"]
+
+
+def client_fn(context):
+    client: NumPyClient = Trainer(int(context.node_config["partition-id"]))
+    return AuditedClient(client, context, model=new_model(), loss=nn.CrossEntropyLoss())
+
+
+def client_app() -> ClientApp:
+    return ClientApp(client_fn=client_fn, mods=[secaggplus_mod] if SECURE else [])
+
+
+if __name__ == "__main__":
+    server = ServerApp()
+
+    @server.main()
+    def main(grid, context) -> None:
+        strategy = OlderInversionAudit(
+            FedAvg(
+                fraction_evaluate=0.0,
+                min_fit_clients=NODES,
+                min_available_clients=NODES,
+                initial_parameters=ndarrays_to_parameters([v.numpy() for v in new_model().state_dict().values()]),
+            ),
+            model=new_model(),
+            loss=nn.CrossEntropyLoss(),
+            source="client",
+            settings=AuditSettings(max_examples=2, prior_std=1.0, data_range=4.0),
+            ledger=sys.argv[1],
+        )
+        legacy = LegacyContext(context=context, config=ServerConfig(num_rounds=ROUNDS), strategy=strategy)
+        workflow = SecAggPlusWorkflow(num_shares=3, reconstruction_threshold=2) if SECURE else None
+        DefaultWorkflow(fit_workflow=workflow)(grid, legacy) if workflow else DefaultWorkflow()(grid, legacy)
+        strategy.close()
+
+    run_simulation(
+        server_app=server,
+        client_app=client_app(),
+        num_supernodes=NODES,
+        backend_config={"client_resources": {"num_cpus": 1}, "init_args": {"num_cpus": 2}},
+    )
