@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fl_privacy.audit.estimate import LeakageEstimate, Source, Status
+    from fl_privacy.influence.directions import ProtectedDirections, protected_directions
     from fl_privacy.influence.i2f import Influence, influence, influence_lower_bound
     from fl_privacy.influence.jacobian import UpdateJacobian
-    from fl_privacy.influence.operators import MeanGram
+    from fl_privacy.influence.operators import GramSum, MeanGram
     from fl_privacy.influence.recommendation import NoiseRecommendation, recommend_noise
     from fl_privacy.influence.sampling import InputNoise, draw_input_noise, sample_input_noise
     from fl_privacy.influence.spectrum import Spectrum, estimate_spectrum
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GradientUpdate",
+    "GramSum",
     "Influence",
     "InputNoise",
     "Interval",
@@ -31,6 +33,7 @@ __all__ = [
     "LocalTrainingUpdate",
     "MeanGram",
     "NoiseRecommendation",
+    "ProtectedDirections",
     "Source",
     "Spectrum",
     "Status",
@@ -40,12 +43,14 @@ __all__ = [
     "estimate_spectrum",
     "influence",
     "influence_lower_bound",
+    "protected_directions",
     "recommend_noise",
     "sample_input_noise",
 ]
 
 _HOMES = {
     "GradientUpdate": "fl_privacy.influence.update",
+    "GramSum": "fl_privacy.influence.operators",
     "Influence": "fl_privacy.influence.i2f",
     "InputNoise": "fl_privacy.influence.sampling",
     "Interval": "fl_privacy.interval",
@@ -53,6 +58,7 @@ _HOMES = {
     "LocalTrainingUpdate": "fl_privacy.influence.training",
     "MeanGram": "fl_privacy.influence.operators",
     "NoiseRecommendation": "fl_privacy.influence.recommendation",
+    "ProtectedDirections": "fl_privacy.influence.directions",
     "Source": "fl_privacy.audit.estimate",
     "Spectrum": "fl_privacy.influence.spectrum",
     "Status": "fl_privacy.audit.estimate",
@@ -61,6 +67,7 @@ _HOMES = {
     "estimate_spectrum": "fl_privacy.influence.spectrum",
     "influence": "fl_privacy.influence.i2f",
     "influence_lower_bound": "fl_privacy.influence.i2f",
+    "protected_directions": "fl_privacy.influence.directions",
     "recommend_noise": "fl_privacy.influence.recommendation",
     "sample_input_noise": "fl_privacy.influence.sampling",
 }

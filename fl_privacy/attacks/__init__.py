@@ -6,6 +6,8 @@ from fl_privacy.attacks.denoising import InputDenoising
 from fl_privacy.attacks.distances import cosine_distance, relative_squared_distance, total_variation
 from fl_privacy.attacks.gauss_newton import GaussNewton
 from fl_privacy.attacks.gradient_matching import GradientMatching, deep_leakage, inverting_gradients
+from fl_privacy.attacks.image_prior import Denoiser, ImageDenoising, denoised
+from fl_privacy.attacks.joint import JointInversion
 from fl_privacy.attacks.labels import labelled, recover_label_counts, recover_labels
 from fl_privacy.attacks.metrics import aligned, psnr, rmse, ssim
 from fl_privacy.attacks.noise import IndependentNoise, IsotropicNoise, Noise
@@ -20,12 +22,15 @@ __all__ = [
     "Adam",
     "Attack",
     "AttackProblem",
+    "Denoiser",
     "GaussNewton",
     "GaussianPrior",
     "GradientMatching",
+    "ImageDenoising",
     "IndependentNoise",
     "InputDenoising",
     "IsotropicNoise",
+    "JointInversion",
     "KnownBatch",
     "LeakedExamples",
     "LinearLayerLeak",
@@ -36,6 +41,7 @@ __all__ = [
     "best_of",
     "cosine_distance",
     "deep_leakage",
+    "denoised",
     "inverting_gradients",
     "labelled",
     "leaked_examples",

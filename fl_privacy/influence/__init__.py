@@ -6,9 +6,10 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from fl_privacy.influence.directions import ProtectedDirections, protected_directions
 from fl_privacy.influence.i2f import Influence, influence, influence_lower_bound
 from fl_privacy.influence.jacobian import UpdateJacobian
-from fl_privacy.influence.operators import InputOperator, MeanGram
+from fl_privacy.influence.operators import GramSum, InputOperator, MeanGram
 from fl_privacy.influence.recommendation import NoiseRecommendation, recommend_noise
 from fl_privacy.influence.sampling import InputNoise, draw_input_noise, sample_input_noise
 from fl_privacy.influence.spectrum import Spectrum, estimate_spectrum
@@ -17,12 +18,14 @@ from fl_privacy.influence.update import GradientUpdate, UpdateMap
 
 __all__ = [
     "GradientUpdate",
+    "GramSum",
     "Influence",
     "InputNoise",
     "InputOperator",
     "LocalTrainingUpdate",
     "MeanGram",
     "NoiseRecommendation",
+    "ProtectedDirections",
     "Spectrum",
     "UpdateJacobian",
     "UpdateMap",
@@ -30,6 +33,7 @@ __all__ = [
     "estimate_spectrum",
     "influence",
     "influence_lower_bound",
+    "protected_directions",
     "recommend_noise",
     "sample_input_noise",
 ]

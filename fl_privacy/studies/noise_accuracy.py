@@ -1,0 +1,433 @@
+"""What protection costs in accuracy, at equal leakage over a whole run, in which every share of an example counts.
+
+A federation whose clients hold `batch` examples each, and share the gradient of all of them in every round. Leakage is
+of one example, whose rest of the batch the attacker knows, over all rounds together: the information of several shares
+adds up, G_1/σ² + ... + G_T/σ² for isotropic noise, and T/h for input noise that is drawn anew in every round. Noise on
+the input that is drawn once and kept leaks no more in many rounds than in one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from fl_privacy.attacks import GaussianPrior
+from fl_privacy.errors import InvalidInputError
+from fl_privacy.influence.jacobian import UpdateJacobian
+from fl_privacy.influence.operators import MeanGram
+from fl_privacy.influence.quadrature import eigenvalue_rule
+from fl_privacy.influence.recommendation import recommend_noise
+from fl_privacy.influence.spectrum import Spectrum, dense_gram
+from fl_privacy.influence.update import GradientUpdate
+from fl_privacy.reference import build_model, load_dataset
+from fl_privacy.studies.results import Portion
+from fl_privacy.studies.settings import Settings, option
+from fl_privacy.studies.study import Study, Summary
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ARMS = ("none", "isotropic", "shaped kept", "shaped fresh", "white kept", "pruning")
+_SLACK = 1.1
+"""Measured leakage over its target from which on an arm has missed it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccuracySettings(Settings):
+    """A federation, and how it is protected."""
+
+    dataset: str = option("digits", "digits, mnist, fashion-mnist, cifar10 or folder.")
+    data_root: str = option("data", "Where the data set's files are.", recorded=False)
+    model: str = option("digitsnet", "linear, mlp, lenet, digitsnet, resnet8, resnet18 or vit.")
+    num_examples: int = option(512, "Private examples of all clients together.", minimum=1)
+    batch_sizes: tuple[int, ...] = option((1, 4, 32), "Examples per client.", minimum=1)
+    rounds: tuple[int, ...] = option((10, 100), "Rounds of a run.", minimum=1)
+    targets: tuple[float, ...] = option((0.75, 0.5, 0.3, 0.1), "Leakage of an example over the whole run.", above=0)
+    lr: float = option(0.5, "Server's learning rate.", above=0)
+    momentum: float = option(0.9, "Server's momentum.", minimum=0)
+    num_public: int = option(8, "Public examples that shape the noise.", minimum=1)
+    num_audited: int = option(4, "Examples whose leakage over the run is followed.", minimum=1)
+    checkpoints: int = option(5, "Rounds at which it is followed; those between are interpolated.", minimum=2)
+    num_seeds: int = option(2, "Repetitions of noise and initialization.", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccuracyRow:
+    """One run."""
+
+    batch_size: int
+    num_rounds: int
+    target: float
+    """1 for the run without protection."""
+    arm: str
+    seed: int
+    accuracy: float
+    """On the test set, after the last round; NaN where the arm cannot meet the target."""
+    leakage: float
+    """Of the audited examples over the whole run, mean: measured along this very run for isotropic noise, by the law
+    for noise on the input."""
+    strength: float
+    """σ per parameter of a client's update; rms of the noise on the input; share of entries kept."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Federation:
+    settings: AccuracySettings
+    seed: int
+
+    @cached_property
+    def data(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Private, public and test images with their labels."""
+        data = load_dataset(self.settings.dataset, root=self.settings.data_root)
+        private, public = self.settings.num_examples, max(512, self.settings.num_public)
+        if len(data.train) < private + public // 2:
+            raise InvalidInputError(f"expected at most {len(data.train) - public // 2} examples, got {private}")
+        x, y = data.train.select(slice(0, private))
+        px, py = data.train.select(slice(private, private + public))
+        tx, ty = data.test.select(slice(0, 2000))
+        return x, y, px, py, tx, ty
+
+    @cached_property
+    def model(self) -> nn.Module:
+        data = load_dataset(self.settings.dataset, root=self.settings.data_root)
+        torch.manual_seed(self.seed)
+        return build_model(self.settings.model, input_shape=data.input_shape, num_classes=data.num_classes)
+
+    @cached_property
+    def prior(self) -> GaussianPrior:
+        return GaussianPrior.from_examples(self.data[2].double())
+
+    @cached_property
+    def start(self) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in self.model.named_parameters()}
+
+    def gradient(self, params: dict[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Mean-loss gradient of all examples: the average over clients of one size."""
+
+        def loss(params: dict[str, Tensor]) -> Tensor:
+            outputs: Tensor = functional_call(self.model, params, (x,))
+            return nn.functional.cross_entropy(outputs, y)
+
+        result: dict[str, Tensor] = grad(loss)(params)
+        return result
+
+    def accuracy(self, params: dict[str, Tensor]) -> float:
+        *_, x, y = self.data
+        with torch.no_grad():
+            outputs: Tensor = functional_call(self.model, params, (x,))
+        return float((outputs.argmax(1) == y).double().mean())
+
+    def grams(self, params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        """G of single examples `[n, D, D]`."""
+        jacobian = UpdateJacobian(GradientUpdate(self.model, nn.CrossEntropyLoss()), params, x[:, None], y[:, None])
+        return torch.stack([dense_gram(jacobian, unit) for unit in range(len(x))])
+
+    @cached_property
+    def public_law(self) -> tuple[Spectrum, Tensor, Tensor]:
+        """Spectrum, eigenvalues and eigenvectors of the public covariance, at the start."""
+        _, _, x, y, _, _ = self.data
+        n = self.settings.num_public
+        update = GradientUpdate(self.model, nn.CrossEntropyLoss())
+        public = MeanGram(UpdateJacobian(update, self.start, x[:n, None], y[:n, None]))
+        gram = self.grams(self.start, x[:n], y[:n]).mean(0)
+        rule = eigenvalue_rule(gram[None])
+        resolution = torch.finfo(torch.float32).eps * rule.largest
+        dim = public.input_dim
+        spectrum = Spectrum(rule, rule, dim, public.update_dim, resolution, torch.tensor([dim]), exact=True)
+        return spectrum, *torch.linalg.eigh(gram)
+
+
+def _train(
+    federation: _Federation,
+    num_rounds: int,
+    generator: torch.Generator,
+    *,
+    noise_std: float = 0.0,
+    kept: Tensor | None = None,
+    fresh: Tensor | None = None,
+    pruned: tuple[int, int] | None = None,
+    follow: bool = False,
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Returns the parameters after the last round and, where it is followed, Σ G_t `[n, D, D]` of audited examples.
+
+    Args:
+        federation: Who trains.
+        num_rounds: T.
+        generator: Of all noise.
+        noise_std: Of isotropic noise on the average of all clients.
+        kept: Noise on the inputs `[M, D]`, drawn once.
+        fresh: Root of the covariance of noise on the inputs `[D, D]`, drawn anew in every round.
+        pruned: (batch size, entries that each client keeps).
+        follow: Whether to sum up G.
+    """
+    settings = federation.settings
+    x, y, *_ = federation.data
+    params, velocity = federation.start, {name: torch.zeros_like(p) for name, p in federation.start.items()}
+    at = torch.linspace(0, num_rounds - 1, min(settings.checkpoints, num_rounds)).round().long().tolist()
+    audited = slice(0, settings.num_audited)
+    total, shown = None, []
+    for t in range(num_rounds):
+        if follow and t in at:
+            shown.append(federation.grams(params, x[audited], y[audited]))
+        inputs = x
+        if kept is not None:
+            inputs = x + kept.reshape(x.shape)
+        if fresh is not None:
+            z = torch.randn(len(x), len(fresh), generator=generator)
+            inputs = x + (z @ fresh).reshape(x.shape)
+        gradient = (
+            federation.gradient(params, inputs, y)
+            if pruned is None
+            else _pruned_gradient(federation, params, inputs, y, *pruned)
+        )
+        for name, g in gradient.items():
+            noisy = g + noise_std * torch.randn(g.shape, generator=generator) if noise_std else g
+            velocity[name] = settings.momentum * velocity[name] + noisy
+        params = {name: p - settings.lr * velocity[name] for name, p in params.items()}
+    if follow:
+        total = _interpolated_sum(shown, at)
+    return params, total
+
+
+def _interpolated_sum(shown: list[Tensor], at: list[int]) -> Tensor:
+    """Σ_t G_t over all rounds from those at some, by the trapezoidal rule on whole rounds."""
+    total = torch.zeros_like(shown[0])
+    for (first, last), (a, b) in zip(pairwise(at), pairwise(shown), strict=True):
+        for t in range(first, last):
+            weight = (t - first) / (last - first)
+            total += (1 - weight) * a + weight * b
+    return total + shown[-1]
+
+
+def _pruned_gradient(
+    federation: _Federation, params: dict[str, Tensor], x: Tensor, y: Tensor, batch: int, entries: int
+) -> dict[str, Tensor]:
+    """Average over clients of their gradients, of each only its largest entries."""
+
+    def loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        outputs: Tensor = functional_call(federation.model, params, (x,))
+        return nn.functional.cross_entropy(outputs, y)
+
+    clients = len(x) // batch
+    xs, ys = x[: clients * batch].reshape(clients, batch, *x.shape[1:]), y[: clients * batch].reshape(clients, batch)
+    total: dict[str, Tensor] = {name: torch.zeros_like(p) for name, p in params.items()}
+    for chunk in torch.split(torch.arange(clients), 128):
+        each = vmap(grad(loss), in_dims=(None, 0, 0))(params, xs[chunk], ys[chunk])
+        flat = torch.cat([g.flatten(1) for g in each.values()], 1)
+        if entries < flat.shape[1]:
+            floor = flat.abs().topk(entries, dim=1).values[:, -1:]
+            flat = torch.where(flat.abs() >= floor, flat, 0.0)
+        for (name, p), part in zip(
+            params.items(), torch.split(flat.sum(0), [p.numel() for p in params.values()]), strict=True
+        ):
+            total[name] += part.reshape(p.shape) / clients
+    return total
+
+
+def _leakage(information: Tensor, tau: float) -> Tensor:
+    """(1/D) Σ m/(m + 1/τ²) of the eigenvalues m of JᵀC⁻¹J, `[n]`."""
+    eigenvalues = torch.linalg.eigvalsh(information).clamp(min=0)
+    share: Tensor = eigenvalues / (eigenvalues + 1 / tau**2)
+    return share.mean(-1)
+
+
+def _noise_for(total: Tensor, target: float, tau: float) -> float:
+    """The σ of a client of one example at which the audited ones leak the target on average, over all rounds."""
+    eigenvalues = torch.linalg.eigvalsh(total).clamp(min=0)
+    low, high = -40.0, 40.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        leaks = float((eigenvalues / (eigenvalues + math.exp(2 * middle) / tau**2)).mean()) > target
+        low, high = (middle, high) if leaks else (low, middle)
+    return math.exp(high)
+
+
+def _portions(settings: AccuracySettings) -> Iterator[Portion[AccuracyRow]]:
+    if max(settings.targets) >= 1:
+        raise InvalidInputError(f"expected targets below 1, got {settings.targets}")
+    if max(settings.batch_sizes) > settings.num_examples:
+        raise InvalidInputError(f"expected batches of at most {settings.num_examples}, got {settings.batch_sizes}")
+    for seed in range(settings.num_seeds):
+        federation = _Federation(settings, seed)
+        for num_rounds in settings.rounds:
+            keys = [(batch, num_rounds, 1.0, "none", seed) for batch in settings.batch_sizes]
+            keys += [
+                (batch, num_rounds, target, arm, seed)
+                for batch in settings.batch_sizes
+                for target in settings.targets
+                for arm in ARMS[1:]
+            ]
+            yield Portion(keys, partial(_rows, federation, num_rounds))
+
+
+def _rows(federation: _Federation, num_rounds: int) -> Iterator[AccuracyRow]:
+    settings, tau = federation.settings, federation.prior.std
+    generator = torch.Generator().manual_seed(1_000_003 * federation.seed + num_rounds)
+    params, total = _train(federation, num_rounds, generator, follow=True)
+    assert total is not None
+    undefended = float(_leakage(total * 1e12, tau).mean())
+
+    def row(batch: int, target: float, arm: str, accuracy: float, leakage: float, strength: float) -> AccuracyRow:
+        return AccuracyRow(
+            batch_size=batch,
+            num_rounds=num_rounds,
+            target=target,
+            arm=arm,
+            seed=federation.seed,
+            accuracy=accuracy,
+            leakage=leakage,
+            strength=strength,
+        )
+
+    for batch in settings.batch_sizes:
+        yield row(batch, 1.0, "none", federation.accuracy(params), undefended, 0.0)
+    for target in settings.targets:
+        for arm, accuracy, strength, leakage in _on_inputs(federation, num_rounds, target, generator):
+            for batch in settings.batch_sizes:
+                yield row(batch, target, arm, accuracy, leakage, strength)
+        for batch in settings.batch_sizes:
+            yield row(batch, target, "isotropic", *_isotropic(federation, num_rounds, target, batch, total, generator))
+            yield row(batch, target, "pruning", *_pruning(federation, num_rounds, target, batch, generator))
+
+
+def _on_inputs(
+    federation: _Federation, num_rounds: int, target: float, generator: torch.Generator
+) -> Iterator[tuple[str, float, float, float]]:
+    """Arm, accuracy, rms of the noise and total leakage of noise on the inputs."""
+    tau, (spectrum, eigenvalues, vectors) = federation.prior.std, federation.public_law
+    law = recommend_noise(spectrum, target_leakage=target, prior_std=tau)
+    variances = law.variance(eigenvalues.clamp(min=0)[None])[0]
+    root = (vectors @ torch.diag(variances.sqrt()) @ vectors.T).float()
+    examples, dim = len(federation.data[0]), len(root)
+    white = float(law.white_std)
+    shaped_leakage = float((tau**2 / (tau**2 + variances)).mean())
+    z = torch.randn(examples, dim, generator=generator)
+    for arm, noise in (("shaped kept", z @ root), ("white kept", white * z)):
+        params, _ = _train(federation, num_rounds, generator, kept=noise)
+        yield arm, federation.accuracy(params), float(noise.square().mean().sqrt()), shaped_leakage
+    # T independent draws of variance T·h tell as much as one of variance h.
+    params, _ = _train(federation, num_rounds, generator, fresh=math.sqrt(num_rounds) * root)
+    yield (
+        "shaped fresh",
+        federation.accuracy(params),
+        math.sqrt(num_rounds) * float(variances.mean().sqrt()),
+        shaped_leakage,
+    )
+
+
+def _isotropic(
+    federation: _Federation, num_rounds: int, target: float, batch: int, total: Tensor, generator: torch.Generator
+) -> tuple[float, float, float]:
+    """Accuracy, leakage along the very run, and σ of a client, which is corrected for the run's own G."""
+    tau, clients = federation.prior.std, federation.settings.num_examples // batch
+    sigma, leakage = _noise_for(total, target, tau), math.nan
+    for _ in range(3):
+        # An example of a batch of N has J/N, and the average over clients divides the noise by their root.
+        params, followed = _train(
+            federation, num_rounds, generator, noise_std=sigma / batch / math.sqrt(clients), follow=True
+        )
+        assert followed is not None
+        leakage = float(_leakage(followed / sigma**2, tau).mean())
+        if leakage <= 1.02 * target:
+            break
+        needed = max(sigma, _noise_for(followed, target, tau))
+        used, sigma = sigma, needed
+    else:
+        sigma = used
+    return federation.accuracy(params), leakage, sigma / batch
+
+
+def _pruning(
+    federation: _Federation, num_rounds: int, target: float, batch: int, generator: torch.Generator
+) -> tuple[float, float, float]:
+    """Accuracy, leakage and share kept: E exact entries a round determine E·T of the batch's N·D numbers."""
+    dim, update_dim = federation.prior.mean.numel(), sum(p.numel() for p in federation.start.values())
+    entries = int(target * dim * batch / num_rounds)
+    if entries < 1:
+        return math.nan, math.nan, 0.0
+    params, _ = _train(federation, num_rounds, generator, pruned=(batch, entries))
+    return federation.accuracy(params), entries * num_rounds / (dim * batch), entries / update_dim
+
+
+def _cells(
+    settings: AccuracySettings, rows: Sequence[AccuracyRow]
+) -> dict[tuple[int, int, float, str], list[AccuracyRow]]:
+    cells: dict[tuple[int, int, float, str], list[AccuracyRow]] = {}
+    for row in rows:
+        cells.setdefault((row.batch_size, row.num_rounds, row.target, row.arm), []).append(row)
+    return cells
+
+
+def _meeting(rows: Sequence[AccuracyRow], target: float) -> Sequence[AccuracyRow]:
+    """All rows, or none where one of them leaks more than it should."""
+    return rows if all(row.leakage <= _SLACK * target for row in rows) else ()
+
+
+def _mean(rows: Sequence[AccuracyRow]) -> float:
+    return sum(row.accuracy for row in rows) / len(rows) if rows else math.nan
+
+
+def _summarize(settings: AccuracySettings, rows: Sequence[AccuracyRow]) -> Summary:
+    cells = _cells(settings, rows)
+    lines, wins = [], dict.fromkeys(ARMS[1:], 0)
+    for num_rounds in settings.rounds:
+        for batch in settings.batch_sizes:
+            clean = _mean(cells.get((batch, num_rounds, 1.0, "none"), []))
+            for target in settings.targets:
+                means = {
+                    arm: _mean(_meeting(cells.get((batch, num_rounds, target, arm), []), target)) for arm in ARMS[1:]
+                }
+                best = max(means, key=lambda arm: -1.0 if math.isnan(means[arm]) else means[arm])
+                wins[best] += 1
+                shown = ["–" if math.isnan(value) else f"{value:.3f}" for value in means.values()]
+                lines.append((str(num_rounds), str(batch), f"{target:g}", f"{clean:.3f}", *shown, best))
+    return Summary(
+        f"Accuracy after the last round, mean of {settings.num_seeds} seeds, at equal leakage of an example over all "
+        f"rounds. –: the arm cannot meet the target: its measured leakage is more than {_SLACK:g} times the target, or "
+        "no entry of the update may be kept. Best protected arm: "
+        f"{', '.join(f'{arm} {count}' for arm, count in wins.items())} of {len(lines)} cells.",
+        ("rounds", "batch", "target", *ARMS, "best"),
+        tuple(lines),
+    )
+
+
+def _draw(settings: AccuracySettings, rows: Sequence[AccuracyRow], figure: Figure) -> None:
+    cells = _cells(settings, rows)
+    axes = figure.subplots(len(settings.rounds), len(settings.batch_sizes), sharex=True, sharey=True, squeeze=False)
+    for down, num_rounds in enumerate(settings.rounds):
+        for across, batch in enumerate(settings.batch_sizes):
+            axis = axes[down][across]
+            axis.axhline(
+                _mean(cells.get((batch, num_rounds, 1.0, "none"), [])), color="black", linewidth=1, label="none"
+            )
+            for index, arm in enumerate(ARMS[1:]):
+                values = [
+                    _mean(_meeting(cells.get((batch, num_rounds, target, arm), []), target))
+                    for target in settings.targets
+                ]
+                axis.plot(settings.targets, values, marker="osD^v"[index], markersize=4, label=arm)
+            axis.set(title=f"{num_rounds} rounds, batch {batch}")
+            axis.invert_xaxis() if not (down or across) else None
+    axes[0][0].legend(frameon=False, fontsize=7)
+    figure.supxlabel("leakage of an example over the whole run")
+    figure.supylabel("test accuracy")
+
+
+STUDY = Study(
+    name="noise-accuracy",
+    settings=AccuracySettings,
+    row=AccuracyRow,
+    key=("batch_size", "num_rounds", "target", "arm", "seed"),
+    portions=_portions,
+    summarize=_summarize,
+    draw=_draw,
+    figure_size=(9.6, 5.6),
+)

@@ -1,0 +1,78 @@
+"""Small runs of the studies of noise."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fl_privacy.cli import app
+from fl_privacy.studies.noise import NoiseRow
+from fl_privacy.studies.noise_accuracy import ARMS, AccuracyRow
+from fl_privacy.studies.results import read_rows
+
+
+def run(*arguments: str) -> None:
+    outcome = CliRunner().invoke(app, ["study", *arguments])
+    assert outcome.exit_code == 0, outcome.output
+
+
+def test_shaped_noise_changes_the_update_least_at_the_same_error(tmp_path: Path) -> None:
+    run("noise", "--num-images", "1", "--targets", "0.5", "-o", str(tmp_path))
+    rows = {(row.defence, row.attack): row for row in read_rows(tmp_path / "results.csv", NoiseRow)}
+    assert len(rows) == 7 * 6
+    for defence in ("isotropic", "shaped", "white input", "pruning", "optimal defenses"):
+        row = rows[defence, "gauss-newton"]
+        assert row.explained, defence
+        assert row.leakage <= 0.51, defence
+        assert row.error == pytest.approx(row.predicted, rel=0.15), defence
+    advantages = {
+        name: rows[name, "gauss-newton"].advantage for name in ("isotropic", "shaped", "white input", "pruning")
+    }
+    assert advantages["isotropic"] == pytest.approx(1.0, abs=0.1)
+    assert max(advantages, key=lambda name: advantages[name]) == "shaped"
+    assert advantages["shaped"] > 4
+    # Two defences that fail against an attacker who knows them, whatever their strength.
+    for defence in ("soteria", "rank-one"):
+        assert rows[defence, "posterior mean"].leakage > 0.9
+        assert rows[defence, "gauss-newton"].error < 0.2 * rows["shaped", "gauss-newton"].error
+    shaped = rows["shaped", "gauss-newton"].error
+    for denoiser in ("total-variation", "non-local-means"):
+        assert rows["shaped", f"gauss-newton, {denoiser}"].error > 0.8 * shaped
+    summary = (tmp_path / "summary.md").read_text()
+    assert "cannot meet the target" in summary
+
+
+def test_accuracy_at_equal_total_leakage(tmp_path: Path) -> None:
+    run(
+        "noise-accuracy",
+        *("--num-examples", "128", "--batch-sizes", "1,32", "--rounds", "10", "--targets", "0.5,0.1"),
+        *("--num-seeds", "1", "--num-audited", "2", "--checkpoints", "2", "--num-public", "2", "-o", str(tmp_path)),
+    )
+    rows = read_rows(tmp_path / "results.csv", AccuracyRow)
+    assert len(rows) == 2 * (1 + 2 * (len(ARMS) - 1))
+    by_cell = {(row.batch_size, row.target, row.arm): row for row in rows}
+    clean = by_cell[1, 1.0, "none"].accuracy
+    assert clean > 0.6
+    for target in (0.5, 0.1):
+        for arm in ("shaped kept", "shaped fresh", "white kept"):
+            for batch in (1, 32):
+                assert by_cell[batch, target, arm].leakage == pytest.approx(target, abs=1e-4)
+            # What is on the input does not know of batches.
+            assert by_cell[1, target, arm].accuracy == by_cell[32, target, arm].accuracy
+        assert by_cell[32, target, "isotropic"].leakage <= 1.1 * target
+        # An example of a larger batch needs so much less noise on the update.
+        assert by_cell[1, target, "isotropic"].strength > 5 * by_cell[32, target, "isotropic"].strength
+    assert by_cell[1, 0.5, "shaped kept"].accuracy > clean - 0.15
+    assert by_cell[32, 0.5, "isotropic"].accuracy > clean - 0.15
+    assert math.isnan(by_cell[1, 0.1, "pruning"].accuracy)  # 10 rounds of one entry are more than 6 numbers
+    assert by_cell[1, 0.1, "isotropic"].accuracy <= by_cell[1, 0.1, "shaped kept"].accuracy
+
+
+@pytest.mark.parametrize("study", ["noise", "noise-accuracy"])
+def test_targets_of_one_and_more_are_refused(study: str, tmp_path: Path) -> None:
+    outcome = CliRunner().invoke(app, ["study", study, "--targets", "1.0", "-o", str(tmp_path)])
+    assert outcome.exit_code == 2
+    assert "targets below 1" in outcome.output
