@@ -22,7 +22,7 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 from fl_privacy.errors import InvalidInputError
-from fl_privacy.reference.extras import require
+from fl_privacy.extras import require
 
 if TYPE_CHECKING:
     from fl_privacy.influence.spectrum import Spectrum

@@ -12,7 +12,7 @@ from fl_privacy.attacks.attack import Attack
 from fl_privacy.attacks.problem import AttackProblem
 from fl_privacy.attacks.result import Reconstruction
 from fl_privacy.errors import InvalidInputError
-from fl_privacy.reference.extras import require
+from fl_privacy.extras import require
 
 Denoiser = Literal["total-variation", "non-local-means"]
 
