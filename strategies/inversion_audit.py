@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Literal, get_args
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
@@ -22,8 +24,10 @@ from fl_privacy.audit.estimate import LeakageEstimate, Source, Status
 from fl_privacy.audit.executor import Executor
 from fl_privacy.audit.ledger import Ledger
 from fl_privacy.audit.metrics import Origin, RoundMetrics
+from fl_privacy.audit.policy import Policy, PolicyAction
 from fl_privacy.audit.settings import AuditSettings
 from fl_privacy.errors import InvalidInputError, LedgerError
+from fl_privacy.flower.advice import Advice, noisy
 from fl_privacy.flower.request import Request
 from fl_privacy.influence.layout import ParameterLayout
 from fl_privacy.influence.update import Loss
@@ -62,6 +66,9 @@ class InversionAudit(Strategy):
         loss: (outputs, labels) -> scalar mean loss, the one that clients train with.
         source: Where the Jacobian is taken: at batches that clients hand over (`trusted`), or on the clients, which
             audit themselves and send scalars (`client`). Either only for clients that allow it.
+        policy: What follows from a client's leakage: nothing but a row (`report`), advice to the client (`advise`),
+            noise that the server adds (`perturb`), or leaving its update out (`exclude`). One of these names, or a
+            `Policy`, which says more.
         settings: What to measure.
         executor: Who computes: in this process by default, or `RayExecutor(...)`.
         ledger: Path or SQLAlchemy URL of the ledger, `None` for none.
@@ -86,6 +93,7 @@ class InversionAudit(Strategy):
         model: nn.Module,
         loss: Loss,
         source: str | Source = Source.TRUSTED,
+        policy: Policy | PolicyAction = "report",
         settings: AuditSettings | None = None,
         executor: Executor | None = None,
         ledger: str | Path | None = "fl_privacy.db",
@@ -111,10 +119,12 @@ class InversionAudit(Strategy):
         self.callbacks = tuple(callbacks)
         self.result: Result | None = None
         self.expect_aggregates = False  # whether replies that are all the same mean secure aggregation
+        self.policy = Policy.of(policy)
         self._names: dict[int, str] = {}
+        self._advice: dict[int, Advice] = {}
+        self._required: dict[int, float] = {}
+        self._requests: dict[int, Request] = {}
         self._auditor = Auditor(model, loss, settings=settings, executor=executor, time_limit=time_limit)
-        own = self.source is Source.CLIENT
-        self._request = Request.for_estimate(self._auditor.settings) if own else Request()
         self._layout = ParameterLayout.of(model)
         self._ledger = None if ledger is None else Ledger(ledger)
         self._ledger_name = "" if ledger is None else str(ledger)
@@ -133,6 +143,7 @@ class InversionAudit(Strategy):
         log(INFO, "\t│\t├── Source: %s", self.source)
         log(INFO, "\t│\t├── Private unit: %s", settings.unit)
         log(INFO, "\t│\t├── Target leakage: %g", settings.target_leakage)
+        log(INFO, "\t│\t├── Policy: %s%s", self.policy.action, " (dry run)" if self.policy.dry_run else "")
         log(INFO, "\t│\t├── On audit failure: %s", self._on_audit_failure)
         log(INFO, "\t│\t└── Ledger: %s", self._ledger_name or "none")
         self.strategy.summary()
@@ -181,9 +192,12 @@ class InversionAudit(Strategy):
         """Returns the inner strategy's messages, each with a request for a report."""
         self._check_model(arrays)
         self._arrays = arrays
-        self._sent = [
-            _with_request(m, self._request) for m in self.strategy.configure_train(server_round, arrays, config, grid)
-        ]
+        self._sent = list(self.strategy.configure_train(server_round, arrays, config, grid))
+        for message in self._sent:
+            node_id = message.metadata.dst_node_id
+            self._requests[node_id] = request = self._request(node_id)
+            advice = self._advice.get(node_id)
+            _add_entries(message, request.entries() | (advice.entries() if advice else {}))
         return self._sent
 
     def aggregate_train(
@@ -198,13 +212,13 @@ class InversionAudit(Strategy):
             list(replies),
             self._arrays,
             self._layout.names,
-            request=self._request,
+            requests=self._requests,
             max_report_bytes=self._max_report_bytes,
             names=self._names,
             weighted_by=_weight_of(self.strategy),
             expect_aggregates=self.expect_aggregates,
         )
-        rows = [self._decide(reading) for reading in self._audit(readings)]
+        rows = [self._act(reading) for reading in self._audit(readings)]
         self.estimates.extend(rows)
         self._write(rows)
         self._display.round(server_round, rows)
@@ -212,7 +226,7 @@ class InversionAudit(Strategy):
         passed = [
             reading.reply
             for reading, row in zip(readings, rows, strict=True)
-            if reading.reply is not None and row.action == "passed"
+            if reading.reply is not None and row.action != "excluded"
         ]
         aggregated, metrics = self.strategy.aggregate_train(server_round, passed)
         return aggregated, _with_leakage(metrics, rows)
@@ -241,6 +255,8 @@ class InversionAudit(Strategy):
 
     def _audit(self, readings: Sequence[Reading]) -> Sequence[Reading]:
         assert self._arrays is not None
+        for reading in readings:
+            self._note_what_was_asked(reading)
         tasks = [reading.task for reading in readings if reading.task is not None]
         params = {name: array.numpy() for name, array in self._arrays.items()}
         with self._display.progress(len(tasks)) as advance:
@@ -252,10 +268,84 @@ class InversionAudit(Strategy):
                 reading.row = replace(reading.row, settings=self._auditor.settings.to_dict())
         return readings
 
-    def _decide(self, reading: Reading) -> LeakageEstimate:
-        failed = reading.row.status in _FAILURES and self._on_audit_failure == "exclude"
-        action = "passed" if reading.reply is not None and reading.aggregable and not failed else "excluded"
-        return replace(reading.row, action=action)
+    def _request(self, node_id: int) -> Request:
+        """Returns what a client is asked to report."""
+        if self.source is not Source.CLIENT:
+            return Request()
+        target = self._target(self._names.get(node_id, ""))
+        return Request.for_estimate(replace(self._auditor.settings, target_leakage=target))
+
+    def _target(self, client: str) -> float:
+        return self.policy.targets.get(client, self._auditor.settings.target_leakage)
+
+    def _note_what_was_asked(self, reading: Reading) -> None:
+        advice = self._advice.get(reading.node_id)
+        advised = None if advice is None else advice.noise_std
+        reading.row = replace(reading.row, advised_noise_std=advised)
+        if reading.task is not None:
+            target = self._target(reading.row.client)
+            reading.task = replace(reading.task, advised_noise_std=advised, target_leakage=target)
+
+    def _act(self, reading: Reading) -> LeakageEstimate:
+        """Applies the policy to one client, and returns its row with what was done."""
+        row = reading.row
+        failed = row.status in _FAILURES and self._on_audit_failure == "exclude"
+        if reading.reply is None or not reading.aggregable or failed:
+            return replace(row, action="excluded")
+        row = replace(row, passed_leakage=None if row.leakage is None else row.leakage.upper)
+        if self.policy.excludes(row):
+            done = replace(
+                row, action="excluded", passed_leakage=None, detail=_join(row.detail, "leaks above the limit")
+            )
+            return self._unless_dry(row, done, "the update would be left out")
+        if self.policy.action == "advise":
+            return self._advise(reading.node_id, row)
+        if self.policy.action == "perturb" and (std := self.policy.noise_std(row)) > 0:
+            return self._perturb(reading.reply, row, std)
+        return row
+
+    def _advise(self, node_id: int, row: LeakageEstimate) -> LeakageEstimate:
+        """Keeps the advice for the client's next round; of a row without an estimate, the last one stands.
+
+        Examples and training differ from round to round: the largest noise that any round needed counts.
+        """
+        asked = self._advice.get(node_id)
+        if asked is not None and row.applied_noise_std is None and row.status.has_estimate:
+            row = replace(row, detail=_join(row.detail, "the client did not put the advised noise on its update"))
+        if row.required_noise_std is None or row.target_leakage is None:
+            return row
+        self._required[node_id] = max(self._required.get(node_id, 0.0), row.required_noise_std)
+        std = self.policy.noise_std(replace(row, required_noise_std=self._required[node_id]))
+        if self.policy.dry_run:
+            return self._unless_dry(row, row, f"noise of {std:.3g} would be advised") if std > 0 else row
+        self._advice.pop(node_id, None)
+        if std > 0:
+            names = tuple(self._layout.names)
+            self._advice[node_id] = Advice(noise_std=std, target_leakage=row.target_leakage, parameters=names)
+        return row
+
+    def _perturb(self, reply: Message, row: LeakageEstimate, std: float) -> LeakageEstimate:
+        """Puts noise on an update that arrived, in its own scale: an attacker divides out what clipping multiplied."""
+        assert row.leakage is not None
+        assert row.target_leakage is not None
+        seed = None
+        if self.policy.seed is not None:
+            seed = [self.policy.seed, row.server_round, zlib.crc32(row.client.encode())]
+        done = replace(
+            row,
+            action="perturbed",
+            applied_noise_std=std,
+            passed_leakage=min(row.leakage.upper, row.target_leakage),
+        )
+        if not self.policy.dry_run:
+            scale = 1.0 if row.scale is None else row.scale
+            ((key, arrays),) = reply.content.array_records.items()
+            generator = np.random.default_rng(seed)
+            reply.content[key] = noisy(arrays, tuple(self._layout.names), std * scale, generator)
+        return self._unless_dry(row, done, f"noise of {std:.3g} would be put on it")
+
+    def _unless_dry(self, row: LeakageEstimate, done: LeakageEstimate, what: str) -> LeakageEstimate:
+        return replace(row, detail=_join(row.detail, f"dry run: {what}")) if self.policy.dry_run else done
 
     def _write(self, rows: Sequence[LeakageEstimate | RoundMetrics]) -> None:
         """Appends rows to the ledger; what it does not take now is tried again with the next round's."""
@@ -300,14 +390,16 @@ def _weight_of(strategy: Strategy) -> str | None:
     return strategy.weighted_by_key if isinstance(strategy, FedAvg) else None
 
 
-def _with_request(message: Message, request: Request) -> Message:
-    """Adds the request to a message's config, in a record of its own: clients share what the inner strategy built."""
+def _add_entries(message: Message, entries: Mapping[str, str]) -> None:
+    """Adds entries to a message's config, in a record of its own: clients share what the inner strategy built."""
     configs = message.content.config_records
-    if not configs:
-        return message
-    key, config = next(iter(configs.items()))
-    message.content = RecordDict({**message.content, key: ConfigRecord({**config, **request.entries()})})
-    return message
+    if configs:
+        key, config = next(iter(configs.items()))
+        message.content = RecordDict({**message.content, key: ConfigRecord({**config, **entries})})
+
+
+def _join(*parts: str) -> str:
+    return "; ".join(part for part in parts if part)
 
 
 def _with_leakage(metrics: MetricRecord | None, rows: Sequence[LeakageEstimate]) -> MetricRecord | None:

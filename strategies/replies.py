@@ -47,7 +47,7 @@ def read_replies(
     arrays: ArrayRecord,
     trained: Sequence[str],
     *,
-    request: Request,
+    requests: Mapping[int, Request],
     max_report_bytes: int,
     names: dict[int, str],
     weighted_by: str | None = None,
@@ -61,7 +61,7 @@ def read_replies(
         replies: What came back.
         arrays: The global arrays that were sent.
         trained: Names of the trained parameters.
-        request: What clients were asked for; anything else they send is refused.
+        requests: By node id, what a client was asked for; anything else it sends is refused.
         max_report_bytes: Most bytes of a client's report to accept.
         names: By node id, the names that clients gave in their reports: a client that later fails keeps its name.
             What is learned of this round is added.
@@ -77,6 +77,7 @@ def read_replies(
     aggregate = expect_aggregates and _are_all_the_same(replies)
     for reply in replies:
         node_id = node_of.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
+        request = requests.get(node_id, Request())
         readings.append(_read(server_round, node_id, reply, expected, trained, request, max_report_bytes))
         if aggregate and readings[-1].aggregable:
             _mark_aggregate(readings[-1])
@@ -126,7 +127,12 @@ def _read(
             problem = str(error)
             reading.row = _changed(row, status=Status.INVALID_REPORT, detail=problem)
     if report is not None:
-        reading.row = _changed(reading.row, client=report.client or row.client, defence=report.defence)
+        reading.row = _changed(
+            reading.row,
+            client=report.client or row.client,
+            defence=report.defence,
+            applied_noise_std=report.applied_noise_std,
+        )
     try:
         shared = shared_update(reply.content, expected, trained)
     except UnusableUpdateError as error:
@@ -200,6 +206,7 @@ def _task(
         captured=captured,
         defence=report.defence,
         num_examples=reading.row.num_examples,
+        applied_noise_std=report.applied_noise_std,
         source=Source.TRUSTED,
     )
 

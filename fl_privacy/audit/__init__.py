@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fl_privacy.audit.estimate import LeakageEstimate, Source, Status
     from fl_privacy.audit.executor import Executor, SerialExecutor
     from fl_privacy.audit.ledger import Ledger
+    from fl_privacy.audit.policy import Policy
     from fl_privacy.audit.pool import RayExecutor
     from fl_privacy.audit.settings import AuditSettings
     from fl_privacy.audit.task import AuditTask, TrainingTrace
@@ -24,6 +25,7 @@ __all__ = [
     "Executor",
     "LeakageEstimate",
     "Ledger",
+    "Policy",
     "RayExecutor",
     "SerialExecutor",
     "Source",
@@ -38,6 +40,7 @@ _HOMES = {
     "Executor": "executor",
     "LeakageEstimate": "estimate",
     "Ledger": "ledger",
+    "Policy": "policy",
     "RayExecutor": "pool",
     "SerialExecutor": "executor",
     "Source": "estimate",

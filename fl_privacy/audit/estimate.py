@@ -81,7 +81,13 @@ class LeakageEstimate:
     """What the client says it did to its update: a claim, not a finding."""
     num_examples: int | None = None
     action: str = "passed"
-    """What became of the client's update: `passed` on to the inner strategy or `excluded`."""
+    """What became of the client's update: `passed` on to the inner strategy, `perturbed` before, or `excluded`."""
+    advised_noise_std: float | None = None
+    """Noise per parameter that the client was advised to put on this update before it shared it."""
+    applied_noise_std: float | None = None
+    """Noise per parameter that was put on it: by the client, which says so, or by the server (`perturbed`)."""
+    passed_leakage: float | None = None
+    """Upper end of the leakage of what went to the inner strategy; lower than `leakage` where the server perturbed."""
 
     # What leaks.
     unit: str = ""
@@ -115,6 +121,8 @@ class LeakageEstimate:
     """Common factor ⟨shared, u⟩/⟨u, u⟩ by which the update was multiplied (1 without clipping)."""
     noise_std: float | None = None
     """Root mean square per parameter of the perturbation, the scale taken out."""
+    even_noise: bool | None = None
+    """Whether that is spread like noise on every parameter; pruning's is not, and adds up with noise to less."""
 
     # What it was measured with.
     prior_std: float | None = None

@@ -141,7 +141,10 @@ def _measure(
         max_steps=settings.max_steps,
         seed=settings.seed,
     )
-    required = spectrum.required_noise_std(settings.target_leakage, settings.prior_std)
+    targets = [settings.target_leakage if task.target_leakage is None else task.target_leakage for task in group]
+    required = spectrum.required_noise_std(
+        torch.tensor(targets, dtype=torch.float64, device=device)[client_of], settings.prior_std
+    )
     # The scale is known to its standard error.
     doubt = (2 * seen.scale_error / seen.scale).double()
     found = exposure(jacobian, spectrum, seen.delta[client_of], credited[client_of], doubt[client_of], settings)
@@ -158,6 +161,7 @@ def _measure(
         # The worst of the client's examples; of equally bad ones, the one that needs the most noise.
         worst = max(mine.tolist(), key=lambda u: (_or(found.leakage.value[u], -1.0), _or(required[u], -1.0)))
         status, detail = _judge(task, replay, index, found, mine, settings)
+        detail = _join(detail, _doubt_of_noise(task, float(seen.noise_std[index]), jacobian.update_dim))
         if split[index]:
             detail = _join(detail, _uneven(blocks, index))
         if found.blurred[mine].any() and dtype == torch.float64:
@@ -184,9 +188,10 @@ def _measure(
                 snr_db=float(seen.snr_db[index]),
                 scale=float(seen.scale[index]),
                 noise_std=float(credited[index]),
+                even_noise=not bool(split[index]),
                 prior_std=settings.prior_std,
                 ridge=float(found.ridge[worst]),
-                target_leakage=settings.target_leakage,
+                target_leakage=targets[index],
                 required_noise_std=float(required[mine].max()),
                 required_noise_norm=float(required[mine].max()) * math.sqrt(jacobian.update_dim),
                 verified=bool(replay.verified[index]),
@@ -291,6 +296,17 @@ def _judge(
     if not found.solved[mine].all():
         return Status.AUDITED, f"I²F not solved to {settings.solve_rtol:g} within {settings.solve_steps} products"
     return Status.AUDITED, ""
+
+
+def _doubt_of_noise(task: AuditTask, measured: float, update_dim: int) -> str:
+    """Says so where less noise was measured on an update than its client says it put there.
+
+    The measured standard deviation of P normal numbers is within 5/√(2P) of the true one, but for one time in 10⁶.
+    """
+    claimed = task.applied_noise_std
+    if claimed is None or measured >= claimed * (1 - 5 / math.sqrt(2 * update_dim)):
+        return ""
+    return f"the client says it put noise of {claimed:.3g} per parameter on its update, and {measured:.3g} is there"
 
 
 def _chosen_examples(task: AuditTask, settings: AuditSettings) -> list[int]:

@@ -40,6 +40,8 @@ def round_table(estimates: Iterable[LeakageEstimate], *, title: str | None = Non
     table.add_column("PSNR dB", justify="right", no_wrap=True)
     table.add_column("worst\n(class)", justify="right", no_wrap=True)
     table.add_column(_noise_heading(rows), justify="right", no_wrap=True)
+    acted = _Acted(rows)
+    acted.add_columns(table)
     table.add_column("status")
     for row in rows:
         excluded = "" if row.action == "passed" else f", {row.action}"
@@ -52,6 +54,7 @@ def round_table(estimates: Iterable[LeakageEstimate], *, title: str | None = Non
             ABSENT if row.psnr is None else f"{row.psnr:.1f}",
             _worst_example(row),
             number_text(row.required_noise_std),
+            *acted.cells(row),
             Text(plain(f"{row.status}{excluded}"), style=_status_style(row.status)),
         )
     table.caption = _notes(rows)
@@ -83,6 +86,8 @@ def summary_table(estimates: Iterable[LeakageEstimate], *, title: str | None = N
         justify="right",
         no_wrap=True,
     )
+    acted = _Acted([history.last for _, history in histories if history.last])
+    acted.add_columns(table)
     table.add_column("statuses")
     for client, history in histories:
         worst, last = history.worst, history.last
@@ -94,6 +99,7 @@ def summary_table(estimates: Iterable[LeakageEstimate], *, title: str | None = N
             str(worst.server_round) if worst else ABSENT,
             _leakage_cell(last),
             number_text(history.neediest.required_noise_std if history.neediest else None),
+            *acted.cells(last),
             Text(statuses, style="" if all(status.has_estimate for status in history.statuses) else "yellow"),
         )
     return table
@@ -122,6 +128,30 @@ class _History:
             self.neediest is None or _size(noise) > _size(self.neediest.required_noise_std or 0.0)
         ):
             self.neediest = row
+
+
+class _Acted:
+    """Columns that say what was done about a leakage; only where something was.
+
+    Args:
+        rows: All rows of the table.
+    """
+
+    def __init__(self, rows: Sequence[LeakageEstimate]) -> None:
+        self._noise = any(row.applied_noise_std is not None for row in rows)
+        self._passed = any(row.action == "perturbed" for row in rows)
+
+    def add_columns(self, table: Table) -> None:
+        if self._noise:
+            table.add_column("noise\nput on", justify="right", no_wrap=True)
+        if self._passed:
+            table.add_column("leakage\npassed on", justify="right", no_wrap=True)
+
+    def cells(self, row: LeakageEstimate | None) -> list[str]:
+        cells = [number_text(row.applied_noise_std if row else None)] if self._noise else []
+        passed = row.passed_leakage if row else None
+        limit = ABSENT if passed is None else f"≤ {math.ceil(100 * passed) / 100:.2f}"
+        return [*cells, limit] if self._passed else cells
 
 
 def _table(title: str | None) -> Table:

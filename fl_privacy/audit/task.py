@@ -55,6 +55,9 @@ class AuditTask:
         source: Where the batch comes from.
         defence: What the client says it did to its update.
         num_examples: What the client says it trained on.
+        target_leakage: What noise is to be found for; `None`: the settings' target.
+        applied_noise_std: Noise per parameter that the client says it put on its update.
+        advised_noise_std: Noise that it was advised to put on it.
     """
 
     server_round: int
@@ -68,6 +71,9 @@ class AuditTask:
     source: Source = Source.TRUSTED
     defence: str = ""
     num_examples: int | None = None
+    target_leakage: float | None = None
+    applied_noise_std: float | None = None
+    advised_noise_std: float | None = None
 
     def __post_init__(self) -> None:
         """Raises InvalidInputError where inputs, labels and trace do not fit together."""
@@ -109,5 +115,7 @@ class AuditTask:
             source=self.source,
             defence=self.defence,
             num_examples=self.num_examples,
+            advised_noise_std=self.advised_noise_std,
+            applied_noise_std=self.applied_noise_std,
             detail=detail,
         )

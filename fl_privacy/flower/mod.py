@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from logging import WARNING
 
+import numpy as np
 from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
+from flwr.supercore import log
 
 from fl_privacy.audit.task import Array
+from fl_privacy.errors import RecordError
+from fl_privacy.flower.advice import Advice
 from fl_privacy.flower.records import REPORT_KEY
 from fl_privacy.flower.reporter import Describe, NewModel, Reporter
 from fl_privacy.flower.request import Request
@@ -26,6 +31,9 @@ class InversionAuditMod:
     - The scalars of an audit that is made here, with `model` and `loss`. Put the mod first, outside of whatever
       protects the update: it audits the update as it passes here, and what changes it later is not credited.
 
+    Where the server advises noise, the mod puts it on the trained parameters before it reports, and says so; set
+    `follow_advice` to no to go without.
+
     Every option that is `None` can be set where the client runs instead, by an environment variable or in the node's
     configuration: see `ClientOptions`, and the table in docs/deploy.md. Who says no to something that leaves has the
     last word, whoever says yes.
@@ -34,6 +42,9 @@ class InversionAuditMod:
         hand_over_batches: Whether private batches may be handed over.
         send_estimates: Whether scalars may be sent. If it is not set, giving a model and a loss allows it.
         reveal_worst: Whether an estimate may say which example leaks most, by index and label.
+        follow_advice: Whether to put the noise that the server advises on the update. Done unless someone says no.
+        noise_seed: Seed of that noise for a call, for repeatable simulations only: whoever can find it out can
+            subtract the noise. Default: from the operating system.
         model: For audits on the client: the model that is trained, its class, or a function of the context.
         loss: For audits on the client: (outputs, labels) -> scalar mean loss, the one that it trains with.
         defence: What this client does to its update, for the report: a text, or a function of the context.
@@ -53,6 +64,8 @@ class InversionAuditMod:
         hand_over_batches: bool | None = None,
         send_estimates: bool | None = None,
         reveal_worst: bool | None = None,
+        follow_advice: bool | None = None,
+        noise_seed: Callable[[Message, Context], int] | None = None,
         model: NewModel | None = None,
         loss: Loss | None = None,
         defence: Describe = "",
@@ -66,6 +79,7 @@ class InversionAuditMod:
             "hand_over_batches": hand_over_batches,
             "send_estimates": send_estimates,
             "reveal_worst": reveal_worst,
+            "follow_advice": follow_advice,
             "time_limit": time_limit,
             "memory_budget": memory_budget,
             "max_examples": max_examples,
@@ -73,10 +87,11 @@ class InversionAuditMod:
             "device": device,
         }
         self._reporter = Reporter(model=model, loss=loss, defence=defence, arguments=arguments)
+        self._noise_seed = noise_seed
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-        """Runs the app, and adds a report to its reply if the server asked for one."""
-        request = _take_request(message)
+        """Runs the app, follows advice, and adds a report to the reply if the server asked for one."""
+        request, advice = _take_request(message), _take_advice(message)
         if request is None or not message.metadata.message_type.startswith(MessageType.TRAIN):
             return call_next(message, context)
         sent = _arrays(message.content)
@@ -85,6 +100,10 @@ class InversionAuditMod:
             reply = call_next(message, context)
         if not reply.has_content():
             return reply
+        if advice is not None:
+            seed = None if self._noise_seed is None else self._noise_seed(message, context)
+            for key, arrays in reply.content.array_records.items():
+                reply.content[key] = watch.follow(advice, arrays, np.random.default_rng(seed))
 
         def shared(names: Sequence[str]) -> Mapping[str, Array]:
             return shared_update(reply.content, sent, names)
@@ -102,6 +121,17 @@ def _take_request(message: Message) -> Request | None:
         if request is not None:
             return request
     return None
+
+
+def _take_advice(message: Message) -> Advice | None:
+    """Removes the server's advice from the message's config; what cannot be read is no advice, and the log says so."""
+    found = None
+    for record in message.content.config_records.values() if message.has_content() else ():
+        try:
+            found = found or Advice.take(record)
+        except RecordError as error:
+            log(WARNING, "fl_privacy: %s", error)
+    return found
 
 
 def _arrays(content: RecordDict) -> dict[str, Array]:

@@ -17,6 +17,8 @@ from fl_privacy.errors import InvalidInputError
 
 CONSENTS = ("hand_over_batches", "send_estimates", "reveal_worst")
 """What may leave a client. Whoever says no has the last word, and silence is no yes."""
+VETOES = ("follow_advice",)
+"""What a client does unless someone says no."""
 LIMITS: Mapping[str, tuple[type, float | str]] = {
     "time_limit": (float, 60.0),
     "memory_budget": (int, 1024**3),
@@ -32,7 +34,7 @@ class ClientOptions:
     """A client's say in one call of its mod. Each option is also an environment variable and a configuration key.
 
     Attributes:
-        votes: By consent, who votes how: a place to set it, and what it says there (`None`: nothing).
+        votes: By consent or veto, who votes how: a place to set it, and what it says there (`None`: nothing).
         time_limit: Seconds that an audit on the client may take.
         memory_budget: Bytes of graph that it may keep.
         max_examples: Most examples that it audits.
@@ -62,7 +64,7 @@ class ClientOptions:
         Raises:
             InvalidInputError: A value cannot be read, or is out of range.
         """
-        votes = {name: _votes(_places(name, arguments, context)) for name in CONSENTS}
+        votes = {name: _votes(_places(name, arguments, context)) for name in (*CONSENTS, *VETOES)}
         return cls(votes=votes, **{name: _limit(name, _places(name, arguments, context)) for name in LIMITS})
 
     def refusal(self, consent: str, what: str) -> str:
@@ -72,6 +74,10 @@ class ClientOptions:
         if against:
             return f"{what}: {against[0]} forbids it"
         return "" if True in votes.values() else f"{what}: nothing on this client allows it"
+
+    def vetoed_by(self, veto: str) -> str:
+        """Returns the place that says no to something that is done otherwise; empty if none does."""
+        return next((place for place, vote in self.votes[veto].items() if vote is False), "")
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ class ClientReport:
         trace: How the update was made.
         captured: The update before any defence, by parameter name.
         estimate: The scalars of the client's own audit, in place of all arrays.
+        applied_noise_std: Noise per parameter that it put on its update, as it was advised.
     """
 
     client: str
@@ -58,6 +59,7 @@ class ClientReport:
     trace: TrainingTrace | None = None
     captured: Mapping[str, Array] | None = None
     estimate: Disclosure | None = None
+    applied_noise_std: float | None = None
 
 
 def encode_report(report: ClientReport) -> ConfigRecord:
@@ -73,6 +75,7 @@ def encode_report(report: ClientReport) -> ConfigRecord:
         "refused": report.refused,
         "trace": None if report.trace is None else asdict(report.trace),
         "estimate": None if report.estimate is None else report.estimate.to_dict(),
+        "applied_noise_std": report.applied_noise_std,
         "arrays": {name: [array.dtype.name, list(array.shape)] for name, array in arrays.items()},
     }
     payload = {f"array/{name}": np.ascontiguousarray(array).tobytes() for name, array in arrays.items()}
@@ -97,7 +100,7 @@ def decode_report(record: Any, *, max_bytes: int) -> ClientReport:
     head = _head(record)
     listed = _expect(head.get("arrays"), dict, "arrays")
     arrays = {name: _array(record, name, entry) for name, entry in listed.items()}
-    trace, estimate = head.get("trace"), head.get("estimate")
+    trace, estimate, applied = head.get("trace"), head.get("estimate"), head.get("applied_noise_std")
     captured = {name.removeprefix("captured/"): a for name, a in arrays.items() if name.startswith("captured/")}
     return ClientReport(
         client=_text(head, "client"),
@@ -108,6 +111,7 @@ def decode_report(record: Any, *, max_bytes: int) -> ClientReport:
         trace=None if trace is None else _trace(_expect(trace, dict, "trace")),
         captured=captured or None,
         estimate=None if estimate is None else Disclosure.from_dict(_expect(estimate, dict, "estimate")),
+        applied_noise_std=None if applied is None else _finite(applied, "applied_noise_std"),
     )
 
 
@@ -151,30 +155,31 @@ def _trace(entry: dict[str, Any]) -> TrainingTrace:
             raise RecordError("expected mini-batches of indices in [0, 2**63)")
         return tuple(items)
 
-    def finite(value: Any, name: str) -> float:
-        number = _expect(value, (int, float), name)
-        try:
-            number = float(number)
-        except OverflowError:
-            number = math.inf
-        if not math.isfinite(number):
-            raise RecordError(f"expected a finite {name}, got {number}")
-        return number
-
     batches = tuple(indices(batch) for batch in _expect(entry.get("batches"), list, "batches"))
-    lr = tuple(finite(rate, "lr") for rate in _expect(entry.get("lr"), list, "lr"))
+    lr = tuple(_finite(rate, "lr") for rate in _expect(entry.get("lr"), list, "lr"))
     if len(lr) != len(batches):
         raise RecordError(f"expected one learning rate for each of {len(batches)} steps, got {len(lr)}")
     return TrainingTrace(
         optimizer=_text(entry, "optimizer"),
         batches=batches,
         lr=lr,
-        momentum=finite(entry.get("momentum"), "momentum"),
-        dampening=finite(entry.get("dampening"), "dampening"),
-        weight_decay=finite(entry.get("weight_decay"), "weight_decay"),
+        momentum=_finite(entry.get("momentum"), "momentum"),
+        dampening=_finite(entry.get("dampening"), "dampening"),
+        weight_decay=_finite(entry.get("weight_decay"), "weight_decay"),
         nesterov=_expect(entry.get("nesterov"), bool, "nesterov"),
         problem=_text(entry, "problem"),
     )
+
+
+def _finite(value: Any, name: str) -> float:
+    number = _expect(value, (int, float), name)
+    try:
+        number = float(number)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise RecordError(f"expected a finite {name}, got {number}")
+    return number
 
 
 def _text(head: Mapping[str, Any], name: str) -> str:

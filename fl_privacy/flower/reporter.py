@@ -9,7 +9,8 @@ from dataclasses import replace
 from logging import INFO, WARNING
 from typing import Any, cast
 
-from flwr.app import ConfigRecord, Context
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.supercore import log
 from torch import nn
 
@@ -17,10 +18,11 @@ from fl_privacy.audit.estimate import Source, Status
 from fl_privacy.audit.self_audit import self_audit
 from fl_privacy.audit.settings import AuditSettings
 from fl_privacy.audit.task import Array, AuditTask
-from fl_privacy.errors import InvalidInputError
+from fl_privacy.errors import InvalidInputError, RecordError
+from fl_privacy.flower.advice import Advice
 from fl_privacy.flower.capture import TrainingCapture
 from fl_privacy.flower.disclosure import Disclosure
-from fl_privacy.flower.options import CONSENTS, LIMITS, ClientOptions
+from fl_privacy.flower.options import CONSENTS, LIMITS, VETOES, ClientOptions
 from fl_privacy.flower.records import BATCHES, ESTIMATE, ClientReport, encode_report
 from fl_privacy.flower.request import Request
 from fl_privacy.flower.updates import update_norm
@@ -55,7 +57,7 @@ class Reporter:
     ) -> None:
         if (model is None) != (loss is None):
             raise InvalidInputError("expected model and loss together: an audit on the client needs both")
-        unknown = set(arguments) - {*CONSENTS, *LIMITS}
+        unknown = set(arguments) - {*CONSENTS, *VETOES, *LIMITS}
         assert not unknown, unknown
         self._model = model
         self._loss = loss
@@ -117,6 +119,7 @@ class Watch:
         self._sent = sent
         self._refused = refused
         self._options = options
+        self._applied_noise_std: float | None = None
         self._capture = None
         if options is not None and not refused:
             self._capture = TrainingCapture(sent, max_bytes=options.max_bytes)
@@ -129,6 +132,20 @@ class Watch:
             return
         with self._capture.active():
             yield
+
+    def follow(self, advice: Advice, arrays: ArrayRecord, generator: np.random.Generator) -> ArrayRecord:
+        """Returns the arrays to share with the advised noise on them; unchanged where this client forbids it."""
+        against = self._options.vetoed_by("follow_advice") if self._options else "its configuration cannot be read"
+        if against:
+            log(INFO, "fl_privacy: the advised noise is not put on the update: %s", against)
+            return arrays
+        try:
+            changed = advice.follow(arrays, generator)
+        except RecordError as error:
+            log(WARNING, "fl_privacy: the advised noise could not be put on the update: %s", error)
+            return arrays
+        self._applied_noise_std = advice.noise_std
+        return changed
 
     def record(self, shared: SharedUpdate) -> ConfigRecord:
         """Returns the report as it travels. One that cannot be made says so: it must not cost the training."""
@@ -146,6 +163,7 @@ class Watch:
             client=str(context.node_config.get("partition-id", context.node_id)),
             defence=self._reporter._describe(context),
             refused=self._refused,
+            applied_noise_std=self._applied_noise_std,
         )
         if capture is None:
             return report

@@ -7,14 +7,15 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fl_privacy.flower import InversionAuditMod, record_batches
-from vision.defences import ARRAYS, defend, describe_defence
+from vision.defences import ARRAYS, defend, describe_defence, noise_seed
 from vision.settings import Settings
 from vision.task import client_seed, load_data, new_model, partition_id, partition_indices
 from vision.training import draw_batches
 from vision.training import train as train_model
 
 # The first mod is the outermost: it changes what leaves the client. The last one sees the update that training gave.
-app = ClientApp(mods=[defend, InversionAuditMod(hand_over_batches=True, defence=describe_defence)])
+audit = InversionAuditMod(hand_over_batches=True, defence=describe_defence, noise_seed=noise_seed)
+app = ClientApp(mods=[defend, audit])
 
 
 @app.train()

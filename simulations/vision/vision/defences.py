@@ -34,6 +34,12 @@ def describe_defence(context: Context) -> str:
     return DESCRIPTIONS[settings.defence_of(partition_id(context, settings))](settings)
 
 
+def noise_seed(message: Message, context: Context) -> int:
+    """Returns the seed of the noise that the audit advises, so that a run can be repeated: only a simulation may."""
+    settings = Settings.from_run_config(context.run_config)
+    return client_seed(settings, message, partition_id(context, settings)) + 1
+
+
 def no_defence(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Shares the update as it is."""
     return call_next(message, context)

@@ -9,11 +9,12 @@ from typing import cast
 
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import FedAvg, Result
 from flwr.supercore import log
 from torch import nn
 
 from fl_privacy.audit import AuditSettings, Executor, RayExecutor, SerialExecutor
+from fl_privacy.audit.policy import Policy, PolicyAction
 from fl_privacy.audit.settings import Unit
 from fl_privacy.reference import ImageData
 from fl_privacy.strategies import InversionAudit
@@ -38,8 +39,9 @@ def main(grid: Grid, context: Context) -> None:
     settings = Settings.from_run_config(context.run_config)
     data = load_data(settings)
     wait_for_clients(grid, settings.num_clients)
+    reference = reference_accuracies(grid, settings, data) if settings.reference_run else []
     strategy = InversionAudit(
-        FedAvg(fraction_evaluate=0.0, min_train_nodes=settings.num_clients, min_available_nodes=settings.num_clients),
+        new_inner_strategy(settings),
         model=new_model(settings, data),
         loss=nn.CrossEntropyLoss(),
         settings=AuditSettings(
@@ -48,6 +50,9 @@ def main(grid: Grid, context: Context) -> None:
             max_examples=settings.audit_max_examples,
             prior_std=settings.audit_prior_std or None,
             seed=settings.seed,
+        ),
+        policy=Policy(
+            action=cast(PolicyAction, settings.audit_policy), dry_run=settings.audit_dry_run, seed=settings.seed
         ),
         executor=new_executor(settings),
         ledger=settings.ledger,
@@ -62,8 +67,31 @@ def main(grid: Grid, context: Context) -> None:
     )
     if not result.train_metrics_clientapp:
         raise RuntimeError("no client shared an update in any round; the log above has the clients' errors")
-    accuracies = [str(metrics["accuracy"]) for metrics in result.evaluate_metrics_serverapp.values()]
-    log(INFO, "Test accuracy, before training and after each round: %s", " → ".join(accuracies))
+    log(INFO, "Test accuracy, before training and after each round: %s", " → ".join(accuracies_of(result)))
+    if reference:
+        log(INFO, "The same federation without audit and policy:        %s", " → ".join(reference))
+
+
+def new_inner_strategy(settings: Settings) -> FedAvg:
+    """Returns the strategy that is audited."""
+    return FedAvg(fraction_evaluate=0.0, min_train_nodes=settings.num_clients, min_available_nodes=settings.num_clients)
+
+
+def reference_accuracies(grid: Grid, settings: Settings, data: ImageData) -> list[str]:
+    """Trains the same federation without the wrapper, and returns its accuracies."""
+    log(INFO, "First the reference: the same federation without audit and policy")
+    result = new_inner_strategy(settings).start(
+        grid=grid,
+        initial_arrays=ArrayRecord(new_model(settings, data).state_dict()),
+        num_rounds=settings.num_server_rounds,
+        evaluate_fn=central_evaluation(settings, data),
+    )
+    return accuracies_of(result)
+
+
+def accuracies_of(result: Result) -> list[str]:
+    """Returns the test accuracies before training and after each round."""
+    return [str(metrics["accuracy"]) for metrics in result.evaluate_metrics_serverapp.values()]
 
 
 def wait_for_clients(grid: Grid, num_clients: int) -> None:

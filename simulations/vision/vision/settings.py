@@ -40,12 +40,15 @@ class Settings:
     prune_keep: float
     audit_unit: str
     audit_target_leakage: float
+    audit_policy: str
+    audit_dry_run: bool
     audit_max_examples: int
     audit_prior_std: float
     audit_workers: int
     audit_gpus: float
     audit_time_limit: float
     audit_on_failure: str
+    reference_run: bool
     ledger: str
 
     def __post_init__(self) -> None:
@@ -54,6 +57,7 @@ class Settings:
             "model": tuple(sorted(MODELS)),
             "defence": ("mixed", *DEFENCES),
             "audit_unit": ("example", "batch"),
+            "audit_policy": ("report", "advise", "perturb", "exclude"),
             "audit_on_failure": ("continue", "exclude"),
         }
         for name, valid in choices.items():

@@ -1,0 +1,98 @@
+"""What is done about a client's leakage: advice for the next round, noise on its update, or leaving it out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal, get_args
+
+from fl_privacy.audit.estimate import LeakageEstimate
+from fl_privacy.errors import InvalidInputError
+
+PolicyAction = Literal["report", "advise", "perturb", "exclude"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What follows from a client's leakage.
+
+    Noise is isotropic, N(0, σ²) on each parameter of the update, with the σ that brings the upper end of the client's
+    leakage to its target. It is drawn anew for each share, and T shares of one example tell about T times as much: for
+    a target that must hold over T rounds together, σ grows by √T (Fisher information adds up).
+
+    Attributes:
+        action: `report`: nothing but rows. `advise`: each client is told in the next round how much noise to add to
+            its update before it shares it, and its `InversionAuditMod` does so. `perturb`: the server adds the noise to
+            what arrived, before the inner strategy aggregates; it protects against whoever sees what comes after, not
+            against the server. `exclude`: the update of a client that leaks more than the limit is left out.
+        targets: Leakage that a client is to be brought down to, by its name; the others' is the audit's
+            `target_leakage`.
+        limit: Leakage above which `exclude` leaves a client out, on the upper end of its interval. `None`: its target.
+        margin: Factor on the noise that is advised: it was measured a round before it is used, and training goes on.
+        shares: T, the number of shares of one example that must meet the target together.
+        dry_run: Rows say what would be done, and nothing is.
+        seed: Of the noise that the server adds. `None`, from the operating system, but for repeatable simulations:
+            whoever knows the seed can subtract the noise.
+
+    Raises:
+        InvalidInputError: An attribute is out of range.
+    """
+
+    action: PolicyAction = "report"
+    targets: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    limit: float | None = None
+    margin: float = 1.25
+    shares: int = 1
+    dry_run: bool = False
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.action not in get_args(PolicyAction):
+            raise InvalidInputError(
+                f"expected a policy's action to be one of {', '.join(get_args(PolicyAction))}, got {self.action!r}"
+            )
+        for client, target in self.targets.items():
+            if not 0 < target < 1:
+                raise InvalidInputError(
+                    f"expected the target of client {client} strictly between 0 and 1, got {target}"
+                )
+        if self.limit is not None and not 0 < self.limit <= 1:
+            raise InvalidInputError(f"expected a limit in (0, 1], got {self.limit}")
+        if not (math.isfinite(self.margin) and self.margin >= 1):
+            raise InvalidInputError(f"expected a finite margin >= 1, got {self.margin}")
+        if self.shares < 1:
+            raise InvalidInputError(f"expected shares >= 1, got {self.shares}")
+
+    @classmethod
+    def of(cls, policy: Policy | PolicyAction) -> Policy:
+        """Returns the policy, which may be given by the name of its action alone.
+
+        Raises:
+            InvalidInputError: The name is none of the actions.
+        """
+        return policy if isinstance(policy, Policy) else cls(action=policy)
+
+    def noise_std(self, row: LeakageEstimate) -> float:
+        """Returns the σ per parameter of the noise that is missing on a client's update for its row's target.
+
+        With σ_r what the target requires and σ_o what of the client's own noise was seen and verified, it is
+
+            √(T·(m·σ_r)² − σ_o²), m the margin for advice, which a later round uses, and 1 otherwise,
+
+        or 0 where the client's own noise suffices. In units of the undefended update.
+        """
+        if row.required_noise_std is None or not math.isfinite(row.required_noise_std):
+            return 0.0
+        margin = self.margin if self.action == "advise" else 1.0
+        seen = row.noise_std if row.verified and row.even_noise and row.noise_std is not None else 0.0
+        own = max(0.0, seen**2 - (row.applied_noise_std or 0.0) ** 2)
+        return math.sqrt(max(0.0, self.shares * (margin * row.required_noise_std) ** 2 - own))
+
+    def excludes(self, row: LeakageEstimate) -> bool:
+        """Returns whether the client's update is to be left out."""
+        if self.action != "exclude" or row.leakage is None:
+            return False
+        limit = self.limit if self.limit is not None else row.target_leakage
+        return limit is not None and not row.leakage.upper <= limit

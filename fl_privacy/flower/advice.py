@@ -1,0 +1,87 @@
+"""Noise that the server advises a client to put on its update before it shares it, and how a client follows."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import MutableMapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord
+
+from fl_privacy.errors import RecordError
+
+ADVICE_KEY = "fl-privacy-advice"
+"""Entry of a training message's config that carries the advice; the app never sees it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """Isotropic noise that brings the client's last update down to its target.
+
+    Attributes:
+        noise_std: σ per parameter, in units of the update.
+        target_leakage: Leakage that this is for.
+        parameters: Names of the trained parameters: buffers carry counters and variances, which noise would ruin.
+    """
+
+    noise_std: float
+    target_leakage: float
+    parameters: tuple[str, ...]
+
+    @classmethod
+    def take(cls, config: MutableMapping[str, Any]) -> Advice | None:
+        """Removes the advice from a config and returns it; `None` if there is none.
+
+        Raises:
+            RecordError: It cannot be read. It is removed all the same.
+        """
+        written = config.pop(ADVICE_KEY, None)
+        if written is None:
+            return None
+        try:
+            entries = json.loads(written)
+            advice = cls(
+                noise_std=float(entries["noise_std"]),
+                target_leakage=float(entries["target_leakage"]),
+                parameters=tuple(str(name) for name in entries["parameters"]),
+            )
+        except (ValueError, TypeError, LookupError, RecursionError, OverflowError) as error:
+            raise RecordError(f"expected advice from the server, got {written!r:.80}") from error
+        if not (math.isfinite(advice.noise_std) and advice.noise_std >= 0):
+            raise RecordError(f"expected advice of finite noise >= 0, got {advice.noise_std}")
+        return advice
+
+    def entries(self) -> dict[str, str]:
+        """Returns the entry that carries the advice in a config."""
+        return {ADVICE_KEY: json.dumps(asdict(self))}
+
+    def follow(self, arrays: ArrayRecord, generator: np.random.Generator) -> ArrayRecord:
+        """Returns the arrays with the noise on the trained parameters; names, shapes and types stay.
+
+        Raises:
+            RecordError: The arrays lack a trained parameter, or one is not of floating-point numbers.
+        """
+        missing = [name for name in self.parameters if name not in arrays]
+        if missing:
+            raise RecordError(f"expected {missing[0]} among the arrays to put noise on, got {list(arrays)[:5]}")
+        return noisy(arrays, self.parameters, self.noise_std, generator)
+
+
+def noisy(
+    arrays: ArrayRecord, parameters: tuple[str, ...], noise_std: float, generator: np.random.Generator
+) -> ArrayRecord:
+    """Returns arrays with independent N(0, σ²) on every entry of the named ones.
+
+    Raises:
+        RecordError: One of them is not of floating-point numbers.
+    """
+    changed = {}
+    for name in parameters:
+        array = arrays[name].numpy()
+        if not np.issubdtype(array.dtype, np.floating):
+            raise RecordError(f"expected floating-point numbers in {name} to put noise on, got {array.dtype}")
+        changed[name] = Array((array + noise_std * generator.standard_normal(array.shape)).astype(array.dtype))
+    return ArrayRecord({name: changed.get(name, array) for name, array in arrays.items()})
