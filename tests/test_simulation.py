@@ -79,7 +79,7 @@ class TestSettings:
         ("changes", "message"),
         [
             ({"dataset": "digit"}, "dataset must be one of cifar10, digits, fashion-mnist, folder, mnist, got 'digit'"),
-            ({"model": "alexnet"}, "model must be one of digitsnet, lenet, mlp, resnet18, vit, got 'alexnet'"),
+            ({"model": "alexnet"}, "model must be one of digitsnet, lenet, linear, mlp, resnet18, resnet8, vit, got 'alexnet'"),
             ({"defence": "dp"}, "defence must be one of mixed, none, local-dp, prune, got 'dp'"),
             ({"audit-unit": "client"}, "audit-unit must be one of example, batch"),
             ({"audit-on-failure": "stop"}, "audit-on-failure must be one of continue, exclude"),
@@ -219,7 +219,7 @@ class TestDefences:
         reply = defences.defend(message, context_of(0), adding({"w": np.float32([1, 2, 3])}))
         np.testing.assert_array_equal(shared_arrays(reply)["w"], [1, 2, 3])
         told = [defences.describe_defence(context_of(client)) for client in range(3)]
-        assert told == ["none", "local-dp 0.03", "prune 90%"]
+        assert told == ["none", "local-dp 0.015", "prune 90%"]
 
 
 class TestLauncher:

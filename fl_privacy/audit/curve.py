@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -33,6 +34,20 @@ class LeakageCurve:
     def rmse(self, prior_std: float) -> tuple[float, ...]:
         """Returns the predicted error τ·√(1 − leakage) per input element at each σ, in units of the model's input."""
         return tuple(prior_std * math.sqrt(max(0.0, 1 - value)) for value in self.value)
+
+    def noise_std_at(self, leakage: float) -> float:
+        """Returns the σ at which the upper bound comes down to a leakage; 0 for one that is above the whole curve.
+
+        Between two levels log σ is interpolated; below the curve's last bound nothing is known but its last σ.
+        """
+        pairs = list(zip(self.noise_std, self.upper, strict=True))
+        if leakage > pairs[0][1]:
+            return 0.0
+        for (near, above), (far, below) in itertools.pairwise(pairs):
+            if below <= leakage <= above:
+                share = 1.0 if above == below else (above - leakage) / (above - below)
+                return near ** (1 - share) * far**share
+        return pairs[-1][0]
 
     def rounded(self) -> LeakageCurve:
         """Returns the curve in few digits, as rows hold it; the bounds are rounded outwards and still hold."""

@@ -161,7 +161,9 @@ def _measure(
         # The worst of the client's examples; of equally bad ones, the one that needs the most noise.
         worst = max(mine.tolist(), key=lambda u: (_or(found.leakage.value[u], -1.0), _or(required[u], -1.0)))
         status, detail = _judge(task, replay, index, found, mine, settings)
-        detail = _join(detail, _doubt_of_noise(task, float(seen.noise_std[index]), jacobian.update_dim))
+        detail = _join(
+            detail, _doubt_of_noise(task, float(seen.noise_std[index]), jacobian.update_dim, float(doubt[index]))
+        )
         if split[index]:
             detail = _join(detail, _uneven(blocks, index))
         if found.blurred[mine].any() and dtype == torch.float64:
@@ -298,13 +300,14 @@ def _judge(
     return Status.AUDITED, ""
 
 
-def _doubt_of_noise(task: AuditTask, measured: float, update_dim: int) -> str:
+def _doubt_of_noise(task: AuditTask, measured: float, update_dim: int, scale_doubt: float) -> str:
     """Says so where less noise was measured on an update than its client says it put there.
 
-    The measured standard deviation of P normal numbers is within 5/√(2P) of the true one, but for one time in 10⁶.
+    The measured standard deviation of P normal numbers is within 5/√(2P) of the true one, but for one time in 10⁶; with
+    the doubt about the scale that was taken out on top.
     """
     claimed = task.applied_noise_std
-    if claimed is None or measured >= claimed * (1 - 5 / math.sqrt(2 * update_dim)):
+    if claimed is None or measured * (1 + 2 * scale_doubt) >= claimed * (1 - 5 / math.sqrt(2 * update_dim)):
         return ""
     return f"the client says it put noise of {claimed:.3g} per parameter on its update, and {measured:.3g} is there"
 

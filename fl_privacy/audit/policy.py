@@ -77,7 +77,8 @@ class Policy:
     def noise_std(self, row: LeakageEstimate) -> float:
         """Returns the σ per parameter of the noise that is missing on a client's update for its row's target.
 
-        With σ_r what the target requires and σ_o what of the client's own noise was seen and verified, it is
+        With σ_r what the target requires and σ_o the client's own noise, as far as its leakage shows it for certain, it
+        is
 
             √(T·(m·σ_r)² − σ_o²), m the margin for advice, which a later round uses, and 1 otherwise,
 
@@ -86,8 +87,10 @@ class Policy:
         if row.required_noise_std is None or not math.isfinite(row.required_noise_std):
             return 0.0
         margin = self.margin if self.action == "advise" else 1.0
-        seen = row.noise_std if row.verified and row.even_noise and row.noise_std is not None else 0.0
-        own = max(0.0, seen**2 - (row.applied_noise_std or 0.0) ** 2)
+        certain = 0.0
+        if row.verified and row.even_noise and row.curve is not None and row.leakage is not None:
+            certain = row.curve.noise_std_at(row.leakage.upper)
+        own = max(0.0, certain**2 - (row.applied_noise_std or 0.0) ** 2)
         return math.sqrt(max(0.0, self.shares * (margin * row.required_noise_std) ** 2 - own))
 
     def excludes(self, row: LeakageEstimate) -> bool:

@@ -8,7 +8,8 @@ import math
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord
+import torch
+from flwr.app import Array, ArrayRecord
 from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
@@ -77,17 +78,25 @@ def assert_noise(values, std):
 
 def test_clients_follow_advice_from_the_second_round_and_leak_no_more_than_their_target():
     strategy = audit("advise")
-    grid = run(strategy, rounds=3)
+    mod = InversionAuditMod(hand_over_batches=True, noise_seed=lambda _message, context: context.node_id)
+    grid = run(strategy, {node: new_app(mod) for node in NODES}, rounds=3)
     first, third = rows(strategy, 1), rows(strategy, 3)
     for node in NODES:
         assert first[node].advised_noise_std is None
         assert first[node].leakage.lower > 0.99
         for row in (rows(strategy, 2)[node], third[node]):
             assert row.applied_noise_std == row.advised_noise_std > 0
-            assert row.noise_std == pytest.approx(row.applied_noise_std, rel=5 / math.sqrt(2 * row.update_dim))
-            assert row.leakage.upper < TARGET + 0.1  # the noise emitted is known to a few per cent on 250 parameters
+            # The estimate itself wavers: 235 numbers tell the noise's size to 5 %, and the update's scale to 40 %.
+            true = np.interp(math.log(row.applied_noise_std), np.log(row.curve.noise_std), row.curve.upper)
+            assert true < TARGET + 0.02
             assert row.passed_leakage == row.leakage.upper
             assert row.detail == ""
+            index = row.server_round - 1
+            sent = {n: torch.from_numpy(a) for n, a in strategy.strategy.global_arrays[index].items()}
+            undefended = audited_app()(train_message(sent), new_context(node)).content["arrays"]
+            shared = strategy.strategy.given[index][node].content["arrays"]
+            emitted = flat({n: shared[n].numpy() - undefended[n].numpy() for n in PARAMETERS})
+            assert_noise(emitted, row.applied_noise_std)
         assert rows(strategy, 2)[node].advised_noise_std == pytest.approx(1.25 * first[node].required_noise_std)
     assert all(ADVICE_KEY not in m.content["config"] for m in grid.sent[: len(NODES)])
 
@@ -101,15 +110,23 @@ def test_advice_is_no_part_of_the_config_that_the_app_sees():
 
 def test_noise_of_the_same_power_that_a_client_adds_itself_is_counted():
     policy = Policy(action="advise", margin=1.0)
-    row = rows(strategy := audit("report"), 1) or (run(strategy), rows(strategy, 1))[1]
-    bare = row[10]
+    strategy = audit("report")
+    run(strategy)
+    bare = rows(strategy, 1)[10]
     required = bare.required_noise_std
-    half = dataclasses.replace(bare, noise_std=0.6 * required)
-    enough = dataclasses.replace(bare, noise_std=1.1 * required)
-    doubtful = dataclasses.replace(enough, verified=False)
-    ours = dataclasses.replace(enough, applied_noise_std=1.1 * required)
+
+    def with_noise(share, **changes):
+        """The row of a client whose leakage shows noise of a share of what is required."""
+        upper = np.interp(math.log(share * required), np.log(bare.curve.noise_std), bare.curve.upper)
+        return dataclasses.replace(bare, leakage=bare.leakage._replace(upper=float(upper)), **changes)
+
+    half, enough = with_noise(0.6), with_noise(1.1)
+    doubtful = with_noise(1.1, verified=False)
+    uneven = with_noise(1.1, even_noise=False)
+    ours = with_noise(1.1, applied_noise_std=1.1 * required)
     assert policy.noise_std(bare) == pytest.approx(required)
     assert policy.noise_std(half) == pytest.approx(0.8 * required)
+    assert policy.noise_std(uneven) == pytest.approx(required)
     assert policy.noise_std(enough) == 0
     assert policy.noise_std(doubtful) == pytest.approx(required)
     assert policy.noise_std(ours) == pytest.approx(required)
@@ -159,7 +176,8 @@ def test_noise_on_a_clipped_update_has_the_update_s_scale():
     def halving(message, context, call_next):
         initial = {name: array.numpy() for name, array in message.content["arrays"].items()}
         reply = call_next(message, context)
-        changed = {n: initial[n] + 0.5 * (a.numpy() - initial[n]) for n, a in reply.content["arrays"].items()}
+        arrays = reply.content["arrays"].items()
+        changed = {n: Array(initial[n] + np.float32(0.5) * (a.numpy() - initial[n])) for n, a in arrays}
         reply.content["arrays"] = ArrayRecord(changed)
         return reply
 
