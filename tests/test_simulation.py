@@ -79,7 +79,10 @@ class TestSettings:
         ("changes", "message"),
         [
             ({"dataset": "digit"}, "dataset must be one of cifar10, digits, fashion-mnist, folder, mnist, got 'digit'"),
-            ({"model": "alexnet"}, "model must be one of digitsnet, lenet, linear, mlp, resnet18, resnet8, vit, got 'alexnet'"),
+            (
+                {"model": "alexnet"},
+                "model must be one of digitsnet, lenet, linear, mlp, resnet18, resnet8, vit, got 'alexnet'",
+            ),
             ({"defence": "dp"}, "defence must be one of mixed, none, local-dp, prune, got 'dp'"),
             ({"audit-unit": "client"}, "audit-unit must be one of example, batch"),
             ({"audit-on-failure": "stop"}, "audit-on-failure must be one of continue, exclude"),
