@@ -46,7 +46,7 @@ class LeakageCurve:
         for (near, above), (far, below) in itertools.pairwise(pairs):
             if below <= leakage <= above:
                 share = 1.0 if above == below else (above - leakage) / (above - below)
-                return near ** (1 - share) * far**share
+                return float(near ** (1 - share) * far**share)
         return pairs[-1][0]
 
     def rounded(self) -> LeakageCurve:
