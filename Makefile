@@ -10,14 +10,17 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help simulate test check types bench clean
+.PHONY: help simulate deploy-demo test check types bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
 
 simulate: $(STAMP) ## run the audited federation; ARGS="--num-supernodes 100 --run-config 'model=\"mlp\"'"
 	$(BIN)/python simulations/run.py $(ARGS)
+
+deploy-demo: $(STAMP) ## the same app in a real deployment: TLS, node authentication, two SuperNodes
+	$(BIN)/python simulations/deployment.py $(ARGS)
 
 test: $(STAMP) ## run the tests; ARGS="-k ledger"
 	$(BIN)/python -m pytest $(ARGS)
@@ -33,7 +36,7 @@ types: $(STAMP)
 	rm -rf build
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --target $(TYPING) .
 	cd $(TYPING) && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p fl_privacy
-	cd simulations && ../$(BIN)/mypy --config-file ../pyproject.toml run.py
+	cd simulations && ../$(BIN)/mypy --config-file ../pyproject.toml run.py deployment.py
 	cd simulations/vision && MYPYPATH=../../$(TYPING) ../../$(BIN)/mypy --config-file ../../pyproject.toml -p vision
 
 bench: $(STAMP) ## measure the engine; ARGS is passed on

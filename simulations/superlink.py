@@ -43,12 +43,12 @@ class SuperLink:
         """
         options = [item for value in run_config for item in ("--run-config", value)]
         options += [item for value in federation_config for item in ("--federation-config", value)]
-        command = [_tool("flwr"), "run", str(app), NAME, "--stream", *options]
+        command = [tool("flwr"), "run", str(app), NAME, "--stream", *options]
         return subprocess.run(command, env=self.environment, preexec_fn=end_with_parent, check=False).returncode
 
     def status(self) -> str:
         """Returns the status of the run that was started last, such as `finished:completed`, once it is final."""
-        command = [_tool("flwr"), "ls", NAME, "--limit", "1", "--format", "json"]
+        command = [tool("flwr"), "ls", NAME, "--limit", "1", "--format", "json"]
         deadline = time.monotonic() + FINISH_SECONDS
         while True:
             listing = subprocess.run(command, env=self.environment, check=True, capture_output=True, text=True)
@@ -74,14 +74,14 @@ def private_superlink(*, state: Path, cwd: Path) -> Iterator[SuperLink]:
     state.mkdir(parents=True, exist_ok=True)
     home = Path(tempfile.mkdtemp(prefix="simulation-", dir=state))
     try:
-        port = _free_port()
+        port = free_port()
         (home / "config.toml").write_text(
             f'[superlink]\ndefault = "{NAME}"\n\n[superlink.{NAME}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
         )
-        link = SuperLink(_environment(home), home / "superlink.log")
+        link = SuperLink(environment_of(home), home / "superlink.log")
         with link.log_file.open("wb") as log:
             process = subprocess.Popen(
-                [_tool("flower-superlink"), "--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)],
+                [tool("flower-superlink"), "--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)],
                 env=link.environment,
                 cwd=cwd,
                 stdin=subprocess.DEVNULL,
@@ -109,19 +109,21 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log_file: P
     raise RuntimeError(f"the SuperLink on 127.0.0.1:{port} {fate}; its log ends with\n{tail}")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Returns a port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
 
 
-def _tool(name: str) -> str:
+def tool(name: str) -> str:
     """Returns the path of a command that is installed beside the running interpreter."""
     return str(Path(sys.executable).parent / name)
 
 
-def _environment(home: Path) -> dict[str, str]:
+def environment_of(home: Path) -> dict[str, str]:
+    """Returns the environment of Flower's commands and of what they start, with their state in a folder."""
     return {
         **os.environ,
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),

@@ -1,0 +1,70 @@
+"""A real deployment on this machine: TLS, node authentication, a SuperNode that dies in mid-round, and the ledger."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fl_privacy.audit import Ledger, Status
+
+ROOT = Path(__file__).parents[1]
+SIMULATIONS = ROOT / "simulations"
+
+pytestmark = [pytest.mark.deployment, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
+
+DRIVER = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from deployment import APP, private_deployment
+from fl_privacy.audit import Ledger
+from processes import adopt_orphans, stop_descendants, descendants
+
+ledger, state = Path(sys.argv[1]), Path(sys.argv[2])
+adopt_orphans()
+
+def kill_a_node_after_the_first_round(node):
+    while not ledger.exists() or not any(True for _ in Ledger.open(ledger).rows()):
+        time.sleep(0.1)
+    os.killpg(node.pid, signal.SIGTERM if sys.argv[3] == "TERM" else signal.SIGKILL)
+    print("KILLED", flush=True)
+
+with private_deployment(state=state, cwd=state, nodes=2) as deployment:
+    killer = threading.Thread(target=kill_a_node_after_the_first_round, args=(deployment.nodes[1],), daemon=True)
+    killer.start()
+    config = f'num-clients=2 num-server-rounds=2 local-steps=1 audit-workers=0 audit-max-examples=1 ledger="{ledger}"'
+    code = deployment.link.run(APP, run_config=[config], federation_config=[])
+    print("STATUS", code, deployment.link.status(), flush=True)
+print("LEFT", len(descendants()), len(stop_descendants(grace=10.0)), flush=True)
+"""
+
+
+def test_the_app_of_the_simulation_runs_deployed_and_outlives_a_node(tmp_path):
+    ledger = tmp_path / "ledger.db"
+    environment = {**os.environ, "PYTHONPATH": str(SIMULATIONS), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", DRIVER, str(ledger), str(tmp_path / "state"), "TERM"]
+    with subprocess.Popen(
+        command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as driver:
+        try:
+            output, _ = driver.communicate(timeout=250)
+        finally:
+            driver.kill()
+    assert driver.returncode == 0, output[-4000:]
+    assert "KILLED" in output
+    assert "STATUS 0 finished:completed" in output, output[-4000:]
+
+    with Ledger.open(ledger) as opened:
+        assert opened.verify().ok
+        rows = [entry.estimate for entry in opened.rows()]
+    first = {row.client: row for row in rows if row.server_round == 1}
+    second = {row.client: row for row in rows if row.server_round == 2}
+    assert {client: row.status for client, row in first.items()} == {"0": Status.AUDITED, "1": Status.AUDITED}
+    assert second["0"].status is Status.AUDITED
+    assert second["1"].status in (Status.CLIENT_ERROR, Status.NO_REPLY)
+    assert second["1"].leakage is None
+    assert not list((tmp_path / "state").iterdir()), "state and credentials are gone"
+    assert output.rstrip().endswith(" 0"), output[-200:]
