@@ -19,6 +19,7 @@ from fl_privacy.audit.ledger import Ledger, LedgerEntry
 from fl_privacy.audit.table import round_table
 from fl_privacy.commands.audit import audit
 from fl_privacy.commands.compare_inits import compare_inits
+from fl_privacy.commands.init import init
 from fl_privacy.commands.report import report
 from fl_privacy.commands.study import study
 from fl_privacy.commands.validate import validate
@@ -106,6 +107,7 @@ def show(
         typer.echo("no rows match", err=True)
 
 
+app.command(epilog="Exit codes: 0 written, 2 the folder cannot be used; nothing is ever overwritten.")(init)
 app.command(epilog="Exit codes: 0 audited, 1 leakage may be above --fail-above, 2 wrong usage or nothing to audit.")(
     audit
 )

@@ -1,0 +1,1 @@
+"""The files of a minimal audited Flower app, as `fl-privacy init` writes them."""
