@@ -20,12 +20,14 @@ from flwr.supercore import log
 from torch import nn
 
 from fl_privacy.audit.auditor import Auditor
+from fl_privacy.audit.claims import Defence, Traces, find_traces
 from fl_privacy.audit.estimate import LeakageEstimate, Source, Status
 from fl_privacy.audit.executor import Executor
 from fl_privacy.audit.ledger import Ledger
 from fl_privacy.audit.metrics import Origin, RoundMetrics
 from fl_privacy.audit.policy import Policy, PolicyAction
 from fl_privacy.audit.settings import AuditSettings
+from fl_privacy.audit.task import Array
 from fl_privacy.errors import InvalidInputError, LedgerError
 from fl_privacy.flower.advice import Advice, noisy
 from fl_privacy.flower.request import Request
@@ -64,6 +66,8 @@ class InversionAudit(Strategy):
         strategy: The inner strategy.
         model: The model that clients train. Only its structure is used, and it is not changed.
         loss: (outputs, labels) -> scalar mean loss, the one that clients train with.
+        expected_defence: What every client is to do to its update before it shares it. Whether an update shows it is
+            seen from the update alone, as is what a client claims (`fl_privacy.audit.claims`); rows say what lacks.
         source: Where the Jacobian is taken: at batches that clients hand over (`trusted`), or on the clients, which
             audit themselves and send scalars (`client`). Either only for clients that allow it.
         policy: What follows from a client's leakage: nothing but a row (`report`), advice to the client (`advise`),
@@ -92,6 +96,7 @@ class InversionAudit(Strategy):
         *,
         model: nn.Module,
         loss: Loss,
+        expected_defence: Defence | None = None,
         source: str | Source = Source.TRUSTED,
         policy: Policy | PolicyAction = "report",
         settings: AuditSettings | None = None,
@@ -118,6 +123,8 @@ class InversionAudit(Strategy):
         self.estimates: list[LeakageEstimate] = []
         self.callbacks = tuple(callbacks)
         self.result: Result | None = None
+        self.expected_defence = expected_defence
+        self._model, self._cross_entropy = model, isinstance(loss, nn.CrossEntropyLoss)
         self.expect_aggregates = False  # whether replies that are all the same mean secure aggregation
         self.policy = Policy.of(policy)
         self._names: dict[int, str] = {}
@@ -215,6 +222,7 @@ class InversionAudit(Strategy):
             requests=self._requests,
             max_report_bytes=self._max_report_bytes,
             names=self._names,
+            look=self._look,
             weighted_by=_weight_of(self.strategy),
             expect_aggregates=self.expect_aggregates,
         )
@@ -288,7 +296,7 @@ class InversionAudit(Strategy):
 
     def _act(self, reading: Reading) -> LeakageEstimate:
         """Applies the policy to one client, and returns its row with what was done."""
-        row = reading.row
+        row = self._checked(reading)
         failed = row.status in _FAILURES and self._on_audit_failure == "exclude"
         if reading.reply is None or not reading.aggregable or failed:
             return replace(row, action="excluded")
@@ -303,6 +311,27 @@ class InversionAudit(Strategy):
         if self.policy.action == "perturb" and (std := self.policy.noise_std(row)) > 0:
             return self._perturb(reading.reply, row, std)
         return row
+
+    def _checked(self, reading: Reading) -> LeakageEstimate:
+        """Returns a client's row with what its update shows of the defence that it claims, or should have."""
+        row, traces = reading.row, reading.traces
+        if traces is None:
+            return row
+        said = {"its claim": reading.claim, "what is expected of every client": self.expected_defence}
+        if row.applied_noise_std:
+            said["the noise it says it put on"] = Defence(kind="advised", noise_std=row.applied_noise_std)
+        found = {name: traces.shortfall(defence) for name, defence in said.items() if defence is not None}
+        wrong = "; ".join(f"less than {name}: {shortfall}" for name, shortfall in found.items() if shortfall)
+        return replace(
+            row,
+            observed_noise_std=traces.noise_std,
+            observed_sparsity=traces.sparsity,
+            claim_holds=not wrong if found else None,
+            detail=_join(row.detail, wrong),
+        )
+
+    def _look(self, shared: Mapping[str, Array]) -> Traces:
+        return find_traces(self._model, shared, cross_entropy=self._cross_entropy)
 
     def _advise(self, node_id: int, row: LeakageEstimate) -> LeakageEstimate:
         """Keeps the advice for the client's next round; of a row without an estimate, the last one stands.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from flwr.app import ArrayRecord, Message
 
+from fl_privacy.audit.claims import Defence, Traces
 from fl_privacy.audit.estimate import LeakageEstimate, Source, Status
 from fl_privacy.audit.task import Array, AuditTask
 from fl_privacy.errors import FLPrivacyError, RecordError
@@ -31,6 +32,8 @@ class Reading:
         row: Its row in the ledger, without an estimate until the audit has one.
         task: What is to be audited; `None` where there is nothing.
         aggregable: Whether the inner strategy can average the update.
+        traces: What the update alone shows of how it was defended.
+        claim: What the client says of that.
     """
 
     node_id: int
@@ -38,6 +41,8 @@ class Reading:
     row: LeakageEstimate
     task: AuditTask | None = None
     aggregable: bool = True
+    traces: Traces | None = None
+    claim: Defence | None = None
 
 
 def read_replies(
@@ -50,6 +55,7 @@ def read_replies(
     requests: Mapping[int, Request],
     max_report_bytes: int,
     names: dict[int, str],
+    look: Callable[[Mapping[str, Array]], Traces | None] = lambda _: None,
     weighted_by: str | None = None,
     expect_aggregates: bool = False,
 ) -> list[Reading]:
@@ -65,6 +71,7 @@ def read_replies(
         max_report_bytes: Most bytes of a client's report to accept.
         names: By node id, the names that clients gave in their reports: a client that later fails keeps its name.
             What is learned of this round is added.
+        look: Returns what an update alone shows of how it was defended.
         weighted_by: Metric by which the inner strategy weighs replies. Flower's averaging raises, and ends the run, if
             one reply has other records or metrics than the rest: such a reply is then left out. `None`: none is.
         expect_aggregates: Whether replies that all carry the same arrays are to be taken for what secure aggregation
@@ -78,7 +85,7 @@ def read_replies(
     for reply in replies:
         node_id = node_of.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
         request = requests.get(node_id, Request())
-        readings.append(_read(server_round, node_id, reply, expected, trained, request, max_report_bytes))
+        readings.append(_read(server_round, node_id, reply, expected, trained, request, max_report_bytes, look))
         if aggregate and readings[-1].aggregable:
             _mark_aggregate(readings[-1])
         if node_id in silent:
@@ -108,6 +115,7 @@ def _read(
     trained: Sequence[str],
     request: Request,
     max_report_bytes: int,
+    look: Callable[[Mapping[str, Array]], Traces | None],
 ) -> Reading:
     if reply.has_error():
         lines = reply.error.reason.strip().splitlines() if reply.error.reason else []
@@ -138,8 +146,10 @@ def _read(
     except UnusableUpdateError as error:
         _reject(reading, Status.INVALID_UPDATE, str(error))
         return reading
+    reading.traces = look(shared)
     if report is None:
         return reading
+    reading.claim = report.claim
     if report.refused:
         reading.row = _changed(reading.row, status=Status.REFUSED, detail=report.refused)
         return reading
@@ -261,7 +271,7 @@ def _are_all_the_same(replies: Sequence[Message]) -> bool:
 
 def _mark_aggregate(reading: Reading) -> None:
     """Says that what arrived is no client's own; an audit that the client made of its own update stands."""
-    reading.task = None
+    reading.task = reading.traces = None
     if reading.row.source is Source.CLIENT:
         detail = "aggregate only: what the client audited never arrived but as part of a mean"
         reading.row = _changed(reading.row, detail=detail)

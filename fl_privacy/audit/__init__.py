@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fl_privacy.audit.auditor import Auditor
+    from fl_privacy.audit.claims import Defence
     from fl_privacy.audit.estimate import LeakageEstimate, Source, Status
     from fl_privacy.audit.executor import Executor, SerialExecutor
     from fl_privacy.audit.ledger import Ledger
@@ -22,6 +23,7 @@ __all__ = [
     "AuditSettings",
     "AuditTask",
     "Auditor",
+    "Defence",
     "Executor",
     "LeakageEstimate",
     "Ledger",
@@ -37,6 +39,7 @@ _HOMES = {
     "AuditSettings": "settings",
     "AuditTask": "task",
     "Auditor": "auditor",
+    "Defence": "claims",
     "Executor": "executor",
     "LeakageEstimate": "estimate",
     "Ledger": "ledger",

@@ -128,6 +128,12 @@ class LeakageEstimate:
     prior_std: float | None = None
     ridge: float | None = None
     target_leakage: float | None = None
+    observed_noise_std: float | None = None
+    """Most noise per parameter that the shared update alone shows, without the batch; `None`: no layer tells."""
+    observed_sparsity: float | None = None
+    """Share of the shared update's entries that are exactly zero."""
+    claim_holds: bool | None = None
+    """Whether the shared update shows the defence that the client claims, or should have; `None`: nothing to check."""
     required_noise_std: float | None = None
     """Standard deviation per parameter of the isotropic noise that brings every audited unit to the target."""
     required_noise_norm: float | None = None

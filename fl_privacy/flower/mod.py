@@ -47,7 +47,8 @@ class InversionAuditMod:
             subtract the noise. Default: from the operating system.
         model: For audits on the client: the model that is trained, its class, or a function of the context.
         loss: For audits on the client: (outputs, labels) -> scalar mean loss, the one that it trains with.
-        defence: What this client does to its update, for the report: a text, or a function of the context.
+        defence: What this client does to its update, for the report: a text, a `fl_privacy.audit.Defence`, whose
+            numbers the server checks against the update, or a function of the context that returns one of these.
         time_limit: Seconds that an audit on the client may take (60).
         memory_budget: Bytes of graph that it may keep (1 GiB).
         max_examples: Most examples that it audits (8).

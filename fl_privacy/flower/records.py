@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from flwr.app import ConfigRecord
 
+from fl_privacy.audit.claims import Defence
 from fl_privacy.audit.task import Array, TrainingTrace
-from fl_privacy.errors import RecordError
+from fl_privacy.errors import InvalidInputError, RecordError
 from fl_privacy.flower.disclosure import Disclosure
 
 REPORT_KEY = "fl_privacy.report"
@@ -42,6 +43,7 @@ class ClientReport:
     Attributes:
         client: Name to show: the partition id where there is one.
         defence: What the client says it does to its update.
+        claim: The same in numbers that an update can be checked for; `None`: none were given.
         refused: Why nothing is handed over; empty if something is.
         inputs: Examples `[N, *shape]`, each once.
         labels: `[N, ...]`.
@@ -53,6 +55,7 @@ class ClientReport:
 
     client: str
     defence: str = ""
+    claim: Defence | None = None
     refused: str = ""
     inputs: Array | None = None
     labels: Array | None = None
@@ -72,6 +75,7 @@ def encode_report(report: ClientReport) -> ConfigRecord:
         "version": _VERSION,
         "client": report.client,
         "defence": report.defence,
+        "claim": None if report.claim is None else asdict(report.claim),
         "refused": report.refused,
         "trace": None if report.trace is None else asdict(report.trace),
         "estimate": None if report.estimate is None else report.estimate.to_dict(),
@@ -105,6 +109,7 @@ def decode_report(record: Any, *, max_bytes: int) -> ClientReport:
     return ClientReport(
         client=_text(head, "client"),
         defence=_text(head, "defence"),
+        claim=_claim(head.get("claim")),
         refused=_text(head, "refused"),
         inputs=arrays.get("inputs"),
         labels=arrays.get("labels"),
@@ -180,6 +185,18 @@ def _finite(value: Any, name: str) -> float:
     if not math.isfinite(number):
         raise RecordError(f"expected a finite {name}, got {number}")
     return number
+
+
+def _claim(entry: Any) -> Defence | None:
+    if entry is None:
+        return None
+    entry = _expect(entry, dict, "claim")
+    numbers = {name: entry.get(name) for name in ("noise_std", "sparsity")}
+    known = {name: _finite(value, name) for name, value in numbers.items() if value is not None}
+    try:
+        return Defence(kind=_text(entry, "kind"), **known)
+    except InvalidInputError as error:
+        raise RecordError(str(error)) from error
 
 
 def _text(head: Mapping[str, Any], name: str) -> str:

@@ -14,6 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.supercore import log
 from torch import nn
 
+from fl_privacy.audit.claims import Defence
 from fl_privacy.audit.estimate import Source, Status
 from fl_privacy.audit.self_audit import self_audit
 from fl_privacy.audit.settings import AuditSettings
@@ -29,7 +30,7 @@ from fl_privacy.flower.updates import update_norm
 from fl_privacy.influence.layout import ParameterLayout
 from fl_privacy.influence.update import Loss
 
-Describe = str | Callable[[Context], str]
+Describe = str | Defence | Callable[[Context], str | Defence]
 NewModel = nn.Module | type[nn.Module] | Callable[[Context], nn.Module]
 SharedUpdate = Callable[[Sequence[str]], Mapping[str, Array]]
 """Returns, for the names of the trained parameters, the update that the client is about to share."""
@@ -45,7 +46,8 @@ class Reporter:
     Args:
         model: For audits on the client: the model, its class, or a function of the call's context that returns it.
         loss: (outputs, labels) -> scalar mean loss, the one that the client trains with.
-        defence: What the client does to its update: a text, or a function of the context.
+        defence: What the client does to its update: a text, a `Defence` whose numbers the server can check, or a
+            function of the context that returns one of these.
         arguments: The options of `ClientOptions` that the app's own code sets; `None` for the others.
 
     Raises:
@@ -89,8 +91,9 @@ class Reporter:
             return "no audit on this client: its app gives InversionAuditMod no model and loss"
         return options.refusal("send_estimates", "estimates are not sent")
 
-    def _describe(self, context: Context) -> str:
-        return self._defence if isinstance(self._defence, str) else self._defence(context)
+    def _describe(self, context: Context) -> tuple[str, Defence | None]:
+        defence = self._defence if isinstance(self._defence, str | Defence) else self._defence(context)
+        return (defence.kind, defence) if isinstance(defence, Defence) else (defence, None)
 
     def _new_model(self, context: Context) -> nn.Module:
         assert self._model is not None
@@ -159,9 +162,11 @@ class Watch:
 
     def _report(self, shared: SharedUpdate) -> ClientReport:
         context, capture = self._context, self._capture
+        defence, claim = self._reporter._describe(context)
         report = ClientReport(
             client=str(context.node_config.get("partition-id", context.node_id)),
-            defence=self._reporter._describe(context),
+            defence=defence,
+            claim=claim,
             refused=self._refused,
             applied_noise_std=self._applied_noise_std,
         )

@@ -12,7 +12,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
-from fl_privacy.audit import AuditSettings, Ledger, SerialExecutor, Source, Status
+from fl_privacy.audit import AuditSettings, Defence, Ledger, SerialExecutor, Source, Status
 from fl_privacy.errors import InvalidInputError, LedgerError
 from fl_privacy.flower import InversionAuditMod
 from fl_privacy.flower.records import REPORT_KEY, REQUEST_KEY
@@ -522,3 +522,57 @@ def test_a_metric_record_is_only_added_to_where_there_is_one():
 
     result = run(audit(Silent(fraction_evaluate=0.0)), grid_of())
     assert result.train_metrics_clientapp == {}
+
+
+class TestClaims:
+    """A defence that a client only talks of is seen in its update, with no batch at all."""
+
+    NOISE = 0.05
+
+    def noise(self, std):
+        def edit(content):
+            rng = np.random.default_rng(0)
+            content["arrays"] = ArrayRecord(
+                {
+                    n: Array((a.numpy() + std * rng.normal(size=a.shape)).astype(np.float32))
+                    for n, a in content["arrays"].items()
+                }
+            )
+
+        return editing(edit)
+
+    def claiming(self, std, **options):
+        claim = Defence(kind="local-dp", noise_std=self.NOISE)
+        return new_app(self.noise(std), InversionAuditMod(hand_over_batches=True, defence=claim), **options)
+
+    @pytest.mark.parametrize("source", ["trusted", "client"])
+    @pytest.mark.parametrize(("std", "holds"), [(NOISE, True), (0.0, False), (NOISE / 4, False)])
+    def test_a_claim_is_checked_against_the_update_even_of_a_client_that_hands_nothing_over(self, source, std, holds):
+        strategy = audit(source=source)
+        run(strategy, grid_of(self.claiming(std)))
+        row = row_of(strategy)
+        assert (row.defence, row.claim_holds) == ("local-dp", holds)
+        assert ("less than its claim: noise of 0.05 was to be there" in row.detail) == (not holds)
+        assert row.observed_noise_std == pytest.approx(std, rel=0.3, abs=1e-6)
+        assert row_of(strategy, GOOD[0]).claim_holds is None
+
+    def test_raw_updates_of_clients_that_should_have_been_protected_are_named(self):
+        strategy = audit(expected_defence=Defence(kind="local-dp", noise_std=self.NOISE))
+        run(strategy, grid_of(new_app(self.noise(self.NOISE))))
+        assert row_of(strategy).claim_holds
+        for node in GOOD:
+            row = row_of(strategy, node)
+            assert row.claim_holds is False
+            assert "less than what is expected of every client" in row.detail
+
+    @pytest.mark.parametrize(
+        "claim", [[1], {"kind": 3}, {"kind": "x", "noise_std": -1}, {"kind": "x", "sparsity": "all"}]
+    )
+    def test_a_forged_claim_is_an_invalid_report(self, claim):
+        def forge(content):
+            record = content[REPORT_KEY]
+            record["head"] = json.dumps({**json.loads(record["head"]), "claim": claim})
+
+        strategy = audit()
+        run(strategy, grid_of(audited_app(editing(forge))))
+        assert row_of(strategy).status is Status.INVALID_REPORT

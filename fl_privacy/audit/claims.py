@@ -1,0 +1,129 @@
+"""What a client says of its defence, set against what its update alone shows: noise, zeros, or neither.
+
+Two facts hold for an update that nobody perturbed, whatever the data:
+
+- Under cross entropy the gradients of one example's logits add up to 0 (Σ_c (p − y)_c = 0), so the columns of the last
+  linear layer's change do, and its bias, for any number of examples and steps of SGD. With independent noise of
+  standard deviation σ each sum has variance C·σ².
+- A linear layer's gradient is a sum of one outer product per example. After r of them (examples times steps), the
+  singular values beyond the r-th are noise: (m − r)(n − r) σ² of it where the update stands out of the noise, less
+  where it does not, and the largest singular values are noise, too. The least is taken: that of noise alone.
+
+What else moves those numbers (weight decay, a loss that is not cross entropy) adds to them. So an estimate may come out
+too large, and a client get away; too small, and so a false alarm, only by chance, which the number of samples bounds.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from fl_privacy.audit.task import Array
+from fl_privacy.errors import InvalidInputError
+
+_SLACK = 0.1
+"""How much less than it said a client may have done before it counts, beside what chance allows."""
+_ERRORS = 4.0
+"""Standard errors that chance is allowed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defence:
+    """What is done to an update before it is shared.
+
+    Attributes:
+        kind: Name to show, such as `local-dp`.
+        noise_std: Standard deviation per parameter of independent noise on the shared update; `None`: none is claimed.
+        sparsity: Share of the update's entries that are exactly zero; `None`: not claimed.
+
+    Raises:
+        InvalidInputError: A number is out of range.
+    """
+
+    kind: str
+    noise_std: float | None = None
+    sparsity: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raises InvalidInputError where a number is out of range."""
+        if self.noise_std is not None and not 0 <= self.noise_std < math.inf:
+            raise InvalidInputError(f"expected a finite noise_std >= 0, got {self.noise_std}")
+        if self.sparsity is not None and not 0 <= self.sparsity <= 1:
+            raise InvalidInputError(f"expected sparsity in [0, 1], got {self.sparsity}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traces:
+    """What an update alone shows of how it was defended.
+
+    Attributes:
+        noise_std: Noise per parameter, from above: what is not noise may be in it. `None`: no layer tells.
+        samples: Number of independent samples behind it.
+        sparsity: Share of entries that are exactly zero.
+    """
+
+    noise_std: float | None
+    samples: int
+    sparsity: float
+
+    @property
+    def relative_error(self) -> float:
+        """Standard error of `noise_std`, relative to it: 1/√(2·samples)."""
+        return math.inf if self.samples == 0 else 1 / math.sqrt(2 * self.samples)
+
+    def shortfall(self, defence: Defence) -> str:
+        """Returns in which way an update has less of a defence than it should, in words; empty if it has it."""
+        if defence.noise_std and self.noise_std is not None:
+            least = defence.noise_std * (1 - _SLACK) * max(0.0, 1 - _ERRORS * self.relative_error)
+            if self.noise_std < least:
+                return f"noise of {defence.noise_std:.3g} was to be there, and at most {self.noise_std:.3g} is"
+        if defence.sparsity is not None and self.sparsity < defence.sparsity - 0.01:
+            return f"{defence.sparsity:.0%} of the entries were to be zero, and {self.sparsity:.0%} are"
+        return ""
+
+
+def find_traces(
+    model: nn.Module, update: Mapping[str, Array], *, cross_entropy: bool, rank: int | None = None
+) -> Traces:
+    """Returns what an update shows of its own defence.
+
+    Args:
+        model: The model that was trained; its linear layers are looked at.
+        update: Shared minus global parameters, by name.
+        cross_entropy: Whether the model's last linear layer gives the logits of a cross entropy.
+        rank: Most outer products behind a linear layer: examples times local steps, times positions if a layer is
+            applied at several. `None`: not known.
+    """
+    linear = [
+        name for name, module in model.named_modules() if type(module) is nn.Linear and f"{name}.weight" in update
+    ]
+    energy, samples = 0.0, 0
+    if linear and cross_entropy:
+        weight = update[f"{linear[-1]}.weight"].astype(np.float64)
+        sums = [weight.sum(0)]
+        if (bias := update.get(f"{linear[-1]}.bias")) is not None:
+            sums.append(bias.astype(np.float64).sum(keepdims=True))
+        off = np.concatenate(sums) / math.sqrt(len(weight))
+        energy, samples = float((off**2).sum()), off.size
+    for name in linear if rank is not None else ():
+        weight = update[f"{name}.weight"].astype(np.float64)
+        if rank < min(weight.shape):
+            beyond = np.linalg.svd(weight, compute_uv=False)[rank:]
+            energy, samples = energy + float((beyond**2).sum()), samples + _samples_beyond(weight.shape, rank)
+    size = sum(array.size for array in update.values())
+    zeros = sum(int((array == 0).sum()) for array in update.values())
+    return Traces(
+        noise_std=math.sqrt(energy / samples) if samples else None, samples=samples, sparsity=zeros / max(1, size)
+    )
+
+
+@functools.cache
+def _samples_beyond(shape: tuple[int, int], rank: int) -> int:
+    """Returns Σ s_i² over the singular values beyond the rank of pure noise of σ = 1."""
+    noise = np.random.default_rng(0).normal(size=shape)
+    return max(1, int((np.linalg.svd(noise, compute_uv=False)[rank:] ** 2).sum()))

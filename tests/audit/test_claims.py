@@ -1,0 +1,133 @@
+"""Claims against what an update alone shows: estimates of noise and zeros, false alarms, and misses."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fl_privacy.audit.claims import Defence, find_traces
+from fl_privacy.errors import InvalidInputError
+
+LOSS = nn.CrossEntropyLoss()
+
+
+def net(features=64, hidden=40, classes=5):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(features, hidden), nn.Tanh(), nn.Linear(hidden, classes))
+
+
+MODEL = net()
+
+
+def trained(client, *, steps=1, batch=4, momentum=0.0, model=MODEL):
+    """What a client's SGD changes."""
+    generator = torch.Generator().manual_seed(client)
+    local = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(local.parameters(), lr=0.1, momentum=momentum)
+    for _ in range(steps):
+        x = torch.randn(batch, 64, generator=generator)
+        y = torch.randint(0, 5, (batch,), generator=generator)
+        optimizer.zero_grad()
+        LOSS(local(x), y).backward()
+        optimizer.step()
+    before = dict(model.named_parameters())
+    return {name: (p - before[name]).detach().numpy() for name, p in local.named_parameters()}
+
+
+def noisy(update, std, seed):
+    rng = np.random.default_rng(seed)
+    return {name: (a + std * rng.normal(size=a.shape)).astype(a.dtype) for name, a in update.items()}
+
+
+def pruned(update, keep):
+    flat = np.abs(np.concatenate([a.ravel() for a in update.values()]))
+    least = np.quantile(flat, 1 - keep)
+    return {name: np.where(np.abs(a) >= least, a, 0) for name, a in update.items()}
+
+
+class TestNoise:
+    @pytest.mark.parametrize("options", [{}, {"steps": 5, "momentum": 0.9}, {"batch": 64, "steps": 3}])
+    def test_the_last_layer_tells_for_any_training(self, options):
+        update = trained(0, **options)
+        size = math.sqrt(sum(float((a**2).sum()) for a in update.values()))
+        assert find_traces(MODEL, update, cross_entropy=True).noise_std < 1e-6 * size
+        found = [find_traces(MODEL, noisy(update, 0.01, seed), cross_entropy=True) for seed in range(40)]
+        assert found[0].samples == 41  # a column of each feature, and the bias
+        assert np.mean([trace.noise_std**2 for trace in found]) == pytest.approx(0.01**2, rel=0.1)
+        spread = np.std([trace.noise_std for trace in found]) / 0.01
+        assert spread == pytest.approx(found[0].relative_error, rel=0.4)
+
+    def test_the_rank_of_a_layer_tells_where_examples_are_few(self):
+        update = trained(0, batch=4)
+        assert find_traces(MODEL, update, cross_entropy=False).noise_std is None
+        assert find_traces(MODEL, update, cross_entropy=False, rank=4).noise_std < 1e-8
+        for std in (1e-4, 1e-2, 10.0):  # below, about and far above the update's own entries
+            found = find_traces(MODEL, noisy(update, std, 1), cross_entropy=False, rank=4)
+            assert found.noise_std == pytest.approx(std, rel=0.15)
+            assert found.samples > 1000
+
+    def test_a_rank_that_leaves_nothing_tells_nothing(self):
+        assert find_traces(MODEL, trained(0), cross_entropy=False, rank=64).noise_std is None
+
+    def test_weight_decay_can_hide_a_lie_but_never_accuse(self):
+        update = {
+            n: a - 0.01 * p.detach().numpy()
+            for (n, p), a in zip(MODEL.named_parameters(), trained(0).values(), strict=True)
+        }
+        assert find_traces(MODEL, noisy(update, 1e-3, 0), cross_entropy=True).noise_std > 0.9e-3
+
+
+class TestZeros:
+    @pytest.mark.parametrize("keep", [0.01, 0.1, 0.5])
+    def test_pruning_is_seen_exactly(self, keep):
+        assert find_traces(MODEL, pruned(trained(0), keep), cross_entropy=True).sparsity == pytest.approx(
+            1 - keep, abs=0.01
+        )
+
+    def test_a_raw_update_has_none(self):
+        assert find_traces(MODEL, trained(0), cross_entropy=True).sparsity == 0
+
+
+class TestErrors:
+    """Of 300 clients each; the least favourable layer, 41 samples, is the one that tells."""
+
+    CLIENTS = range(300)
+    CLAIM = Defence(kind="local-dp", noise_std=0.01)
+
+    def flagged(self, share):
+        traces = [find_traces(MODEL, noisy(trained(c % 10), share * 0.01, c), cross_entropy=True) for c in self.CLIENTS]
+        return sum(bool(trace.shortfall(self.CLAIM)) for trace in traces) / len(traces)
+
+    def test_honest_clients_are_not_accused(self):
+        assert self.flagged(1.0) == 0
+        assert self.flagged(1.5) == 0
+
+    def test_a_client_that_shares_its_raw_update_is_always_found(self):
+        assert self.flagged(0.0) == 1
+
+    def test_a_quarter_of_the_noise_is_found_and_half_of_it_every_other_time(self):
+        assert self.flagged(0.25) == 1
+        assert 0.35 < self.flagged(0.5) < 0.65
+        assert self.flagged(0.75) < 0.05
+
+    def test_pruning_that_was_not_done_is_found(self):
+        claim = Defence(kind="prune", sparsity=0.9)
+        assert find_traces(MODEL, pruned(trained(0), 0.1), cross_entropy=True).shortfall(claim) == ""
+        assert "90% of the entries" in find_traces(MODEL, pruned(trained(0), 0.5), cross_entropy=True).shortfall(claim)
+        assert "and 0% are" in find_traces(MODEL, trained(0), cross_entropy=True).shortfall(claim)
+
+    def test_without_a_layer_that_tells_nobody_is_accused(self):
+        model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten())
+        update = {name: np.zeros(tuple(p.shape), np.float32) + 1 for name, p in model.named_parameters()}
+        traces = find_traces(model, update, cross_entropy=True)
+        assert (traces.noise_std, traces.shortfall(self.CLAIM)) == (None, "")
+
+    @pytest.mark.parametrize("values", [{"noise_std": -1.0}, {"noise_std": math.nan}, {"sparsity": 1.5}])
+    def test_defences_out_of_range(self, values):
+        with pytest.raises(InvalidInputError):
+            Defence(kind="x", **values)
