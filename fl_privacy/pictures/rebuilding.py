@@ -134,7 +134,7 @@ def rebuild(
             known=KnownBatch(inputs[None], private),
         )
         found = (attack or GaussNewton()).run(problem)
-        leakage, predicted = _prediction(jacobian, version.noise, prior.std)
+        leakage, predicted = predicted_recovery(jacobian, version.noise, prior.std)
         panels.append(
             Panel(
                 name=version.name,
@@ -230,8 +230,17 @@ def _rounding(update: Tensor) -> IsotropicNoise:
     return IsotropicNoise((PRECISION * rms).clamp(min=torch.finfo(torch.float32).tiny))
 
 
-def _prediction(jacobian: UpdateJacobian, noise: Noise, prior_std: float) -> tuple[float, float]:
-    """Returns the predicted leakage and error against an attacker who weighs entries by their noise."""
+def predicted_recovery(jacobian: UpdateJacobian, noise: Noise, prior_std: float) -> tuple[float, float]:
+    """Returns the predicted leakage and error against an attacker who weighs entries by their noise.
+
+    Args:
+        jacobian: One unit.
+        noise: On its shared update, isotropic or independent.
+        prior_std: τ.
+
+    Raises:
+        InvalidInputError: Noise of another kind.
+    """
     if isinstance(noise, IndependentNoise):
         least = noise.std.amin(-1)
         jacobian = jacobian.weighted((least[:, None] / noise.std).to(jacobian.dtype))

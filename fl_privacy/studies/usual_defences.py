@@ -1,0 +1,212 @@
+"""What usual defences leave an attacker at equal utility, and whether noise of equal power predicts it.
+
+Utility is the cosine similarity of what is shared and the undefended update. Each share of pruning sets a cosine, and
+Gaussian noise, Laplace noise, clipping with noise and quantisation are made as strong as to reach the same; half
+precision and int8 are what they are. Three errors stand side by side: the prediction that takes the perturbation for
+isotropic noise of its power, the audit's, which looks at where an update carries less of it, and that of an attack that
+knows the mechanism.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fl_privacy.attacks import GaussNewton, IndependentNoise, IsotropicNoise, Noise
+from fl_privacy.attacks.mechanisms import PRECISION, AddedNoise, HalfPrecision, Mechanism, Pruning, UniformQuantization
+from fl_privacy.pictures.rebuilding import observed_version, predicted_recovery
+from fl_privacy.studies.results import Portion
+from fl_privacy.studies.scene import Scene, SceneSettings
+from fl_privacy.studies.settings import option
+from fl_privacy.studies.study import Study, Summary
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_CLIPPED_TO = 0.3
+_EXACT = 1 / 512
+"""Error below which nothing is left to predict: half a grey level of 256."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UsualDefencesSettings(SceneSettings):
+    """Defences at equal cosine similarity of the shared update."""
+
+    prune: tuple[float, ...] = option(
+        (0.1, 0.3, 0.5, 0.7, 0.9), "Shares of pruning; each sets a level of utility.", above=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class UsualDefencesRow:
+    """One defence of one gradient; errors are rmse per input element."""
+
+    image: int
+    defence: str
+    level: float
+    """The share of pruning whose utility it has; 0 for what has a utility of its own."""
+    strength: float
+    """Share pruned, standard deviation, or bits."""
+    cosine: float
+    equal_power_leakage: float
+    equal_power: float
+    """Predicted for isotropic noise of the perturbation's power."""
+    audited_leakage: float
+    audited: float
+    """Predicted for noise of the power seen in each block of the update; the audit credits the lower of the two."""
+    error: float
+    """Of the attack that knows the mechanism."""
+    explained: bool
+
+
+@dataclass(frozen=True)
+class _Arm:
+    name: str
+    strength: float
+    mechanism: Mechanism
+
+
+def _arms(update: Tensor, share: float) -> list[_Arm]:
+    """Defences of one update `[1, P]` that leave it the cosine that pruning leaves."""
+    generator = torch.Generator().manual_seed(0)
+    pruning = Pruning(share=share)
+    pruned = pruning.apply(update, generator)
+    cosine = _cosine(pruned, update)
+    tangent = max(float((update - pruned).norm() / pruned.norm()), PRECISION)  # of the angle between the two
+    std = float(update.norm()) * tangent / math.sqrt(update.shape[-1])
+    bits = _solve(lambda b: _cosine(UniformQuantization(bits=b).apply(update, generator), update), cosine)
+    return [
+        _Arm("prune", share, pruning),
+        _Arm("gaussian", std, AddedNoise(std=std)),
+        _Arm("clip and noise", std, AddedNoise(std=std)),
+        _Arm("laplace", std, AddedNoise(std=std, laplace=True)),
+        _Arm("quantise", bits, UniformQuantization(bits=bits)),
+    ]
+
+
+def _solve(cosine_of: Callable[[float], float], target: float) -> float:
+    """Returns about the least number of bits that leave the cosine; it rises with them."""
+    low, high = 2.0, 24.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (low, middle) if cosine_of(middle) >= target else (middle, high)
+    return high
+
+
+def _portions(settings: UsualDefencesSettings) -> Iterator[Portion[UsualDefencesRow]]:
+    scene = Scene.of(settings)
+    names = ("prune", "gaussian", "clip and noise", "laplace", "quantise")
+    for image in range(settings.num_images):
+        for share in settings.prune:
+            keys = [(image, name, share) for name in names]
+            yield Portion(keys, partial(_rows, scene, image, share))
+        yield Portion([(image, name, 0.0) for name in ("half precision", "int8")], partial(_rows, scene, image, 0.0))
+
+
+def _rows(scene: Scene, image: int, share: float) -> Iterator[UsualDefencesRow]:
+    jacobian = scene.jacobian([image])
+    update = jacobian.update()
+    fixed = [_Arm("half precision", 16, HalfPrecision()), _Arm("int8", 8, UniformQuantization(bits=8))]
+    for arm in _arms(update, share) if share else fixed:
+        generator = torch.Generator().manual_seed(1_009 * image + scene.seed)
+        shared = arm.mechanism.apply(update, generator)
+        seen = _CLIPPED_TO * shared if arm.name == "clip and noise" else shared
+        version = observed_version(arm.name, seen[0], update[0], scene.update.layout.sizes)
+        belief: Noise = version.noise if arm.name == "clip and noise" else arm.mechanism.noise(shared)
+        scaled = version.shared[None] if arm.name == "clip and noise" else shared
+        found = GaussNewton().run(replace(scene.problem([image], scaled, 1.0), noise=belief))
+        rms = float((shared - update).norm()) / math.sqrt(update.shape[-1])
+        power = IsotropicNoise(torch.tensor([max(rms, PRECISION * float(update.norm()) / math.sqrt(update.shape[-1]))]))
+        equal = predicted_recovery(jacobian, power, scene.prior.std)
+        leaning = isinstance(version.noise, IndependentNoise)
+        audited = predicted_recovery(jacobian, version.noise, scene.prior.std) if leaning else equal
+        audited = max(equal, audited)  # by leakage, the first of the pair
+        yield UsualDefencesRow(
+            image=image,
+            defence=arm.name,
+            level=share,
+            strength=arm.strength,
+            cosine=_cosine(shared, update),
+            equal_power_leakage=equal[0],
+            equal_power=equal[1],
+            audited_leakage=audited[0],
+            audited=audited[1],
+            error=float(scene.errors([image], found.inputs)),
+            explained=bool(found.explained),
+        )
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(a, b, dim=-1))
+
+
+def _summarize(settings: UsualDefencesSettings, rows: Sequence[UsualDefencesRow]) -> Summary:
+    lines = []
+    for level, name in dict.fromkeys((row.level, row.defence) for row in rows):
+        chosen = [row for row in rows if (row.level, row.defence) == (level, name)]
+        numbers = [
+            statistics.median(getattr(row, field) for row in chosen)
+            for field in ("cosine", "equal_power_leakage", "audited_leakage", "equal_power", "audited", "error")
+        ]
+        lines.append((f"{level:g}" if level else "own", name, *(f"{number:.3g}" for number in numbers)))
+    beaten = {
+        what: sum(row.error < 0.8 * getattr(row, what) > 0.8 * _EXACT for row in rows) / len(rows)
+        for what in ("equal_power", "audited")
+    }
+    return Summary(
+        "Medians over images, at equal cosine similarity of the shared update. The attack comes more than 20 % below "
+        f"noise of equal power in {beaten['equal_power']:.0%} of runs and below the audit's prediction in "
+        f"{beaten['audited']:.0%}; it failed to explain the update in "
+        f"{sum(not row.explained for row in rows) / len(rows):.0%}.",
+        (
+            "as pruning",
+            "defence",
+            "cosine",
+            "leakage, equal power",
+            "leakage, audit",
+            "error, equal power",
+            "error, audit",
+            "error of attack",
+        ),
+        tuple(lines),
+    )
+
+
+def _draw(settings: UsualDefencesSettings, rows: Sequence[UsualDefencesRow], figure: Figure) -> None:
+    axes = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axis, what, title in zip(axes, ("equal_power", "audited"), ("noise of equal power", "the audit"), strict=True):
+        for marker, name in zip("os^Dv*X", dict.fromkeys(row.defence for row in rows), strict=False):
+            chosen = [row for row in rows if row.defence == name]
+            axis.scatter(
+                [max(getattr(row, what), 1e-7) for row in chosen],
+                [max(row.error, 1e-7) for row in chosen],
+                s=16,
+                marker=marker,
+                label=name,
+                alpha=0.7,
+            )
+        ends = [0.5 * max(1e-7, min(min(row.error, row.equal_power, row.audited) for row in rows)), 1.0]
+        axis.plot(ends, ends, color="black", linewidth=1)
+        axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends, title=f"predicted by {title}")
+        axis.set_xlabel("predicted error")
+    axes[0].set_ylabel("error of the attack that knows the mechanism")
+    axes[0].legend(frameon=False, fontsize=8)
+
+
+STUDY = Study(
+    name="usual-defences",
+    settings=UsualDefencesSettings,
+    row=UsualDefencesRow,
+    key=("image", "defence", "level"),
+    portions=_portions,
+    summarize=_summarize,
+    draw=_draw,
+    figure_size=(9.0, 4.6),
+)
