@@ -34,6 +34,7 @@ STUDIES: Mapping[str, str] = MappingProxyType(
         "initialization": "How much gradients leak under different initialisations, at absolute and relative noise.",
         "training": "How leakage changes over the rounds of federated averaging.",
         "batch-size": "How leakage depends on batch size and local steps, of one example and of the whole batch.",
+        "proxy": "How well public examples tell the noise that a private one needs, from the norm of its update.",
         "time": "What predictions cost beside the attacks that they spare, in seconds and in gradients.",
     }
 )
