@@ -7,7 +7,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import metadata
 
 import numpy as np
@@ -25,6 +25,26 @@ _log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called with (clients audited, clients to audit) as a round's audit goes on."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AuditedRound:
+    """A round after its audit, with the private batches behind it: what pictures and further studies start from.
+
+    Attributes:
+        server_round: Round number.
+        context: Model, loss and settings of the audit.
+        params: Global arrays of the round by name.
+        tasks: What was known of each client that could be audited.
+        rows: What was found, one per task, in order.
+    """
+
+    server_round: int
+    context: AuditContext
+    params: Mapping[str, Array]
+    tasks: Sequence[AuditTask]
+    rows: Sequence[LeakageEstimate]
+
 
 _CLIENTS_PER_CHUNK = 8
 """Most clients in one pass: enough to fill it, few enough that progress and time limits mean something."""
@@ -93,6 +113,11 @@ class Auditor:
             or replace(task.row(missing, detail=detail), settings=self.settings.to_dict(), versions=context.versions)
             for task in tasks
         ]
+
+    @property
+    def context(self) -> AuditContext:
+        """What all audits have in common; after the first audited round with the scales that were taken from it."""
+        return self._context
 
     def close(self) -> None:
         """Releases the executor's workers."""

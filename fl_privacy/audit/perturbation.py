@@ -11,6 +11,8 @@ from torch import Tensor
 
 _SMALLEST_BLOCK, _SMALLEST_POOL = 64, 8
 """Entries below which the noise of a block is not measured alone, and that of a pool of such blocks not at all."""
+_NEGLIGIBLE = 1e-4
+"""Noise, relative to the update, that may be float32's rounding of parameters much larger than their change."""
 _ROUNDS = 10
 """Of reweighting, in the search for the scale of an update whose blocks carry different noise."""
 
@@ -137,7 +139,7 @@ def noise_blocks(shared: Tensor, update: Tensor, sizes: Sequence[int]) -> NoiseB
     exact = variance.sqrt() <= 8 * floor
     std = torch.where(exact, 0.0, variance.sqrt())
     return NoiseBlocks(
-        _significantly_different(delta, variance, block, count) & (power > 0),
+        _significantly_different(delta, variance, block, count) & (power > 0) & (_rms(delta) > _NEGLIGIBLE * _rms(u)),
         std,
         scale,
         error,

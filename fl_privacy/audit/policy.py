@@ -30,7 +30,8 @@ class Policy:
         targets: Leakage that a client is to be brought down to, by its name; the others' is the audit's
             `target_leakage`.
         limit: Leakage above which `exclude` leaves a client out, on the upper end of its interval. `None`: its target.
-        margin: Factor on the noise that is advised: it was measured a round before it is used, and training goes on.
+        margin: Factor on the noise that is advised, and divisor of a client's own: both were measured a round before
+            they are relied on, and training goes on.
         shares: T, the number of shares of one example that must meet the target together.
         dry_run: Rows say what would be done, and nothing is.
         seed: Of the noise that the server adds. `None`, from the operating system, but for repeatable simulations:
@@ -80,7 +81,7 @@ class Policy:
         With σ_r what the target requires and σ_o the client's own noise, as far as its leakage shows it for certain, it
         is
 
-            √(T·(m·σ_r)² − σ_o²), m the margin for advice, which a later round uses, and 1 otherwise,
+            √(T·(m·σ_r)² − (σ_o/m)²), m the margin for advice, which a later round uses, and 1 otherwise,
 
         or 0 where the client's own noise suffices. In units of the undefended update.
         """
@@ -89,8 +90,8 @@ class Policy:
         margin = self.margin if self.action == "advise" else 1.0
         certain = 0.0
         if row.verified and row.even_noise and row.curve is not None and row.leakage is not None:
-            certain = row.curve.noise_std_at(row.leakage.upper)
-        own = max(0.0, certain**2 - (row.applied_noise_std or 0.0) ** 2)
+            certain = row.curve.noise_std_at(row.leakage.upper) / margin
+        own = max(0.0, certain**2 - ((row.applied_noise_std or 0.0) / margin) ** 2)
         return math.sqrt(max(0.0, self.shares * (margin * row.required_noise_std) ** 2 - own))
 
     def excludes(self, row: LeakageEstimate) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from logging import INFO
+from pathlib import Path
 from typing import cast
 
 from flwr.app import ArrayRecord, Context, MetricRecord
@@ -19,6 +20,7 @@ from fl_privacy.audit.settings import Unit
 from fl_privacy.reference import ImageData
 from fl_privacy.strategies import InversionAudit
 from fl_privacy.strategies.inversion_audit import OnAuditFailure
+from vision.pictures import WorstClientPicture
 from vision.settings import Settings
 from vision.task import load_data, new_model
 from vision.training import evaluate
@@ -58,6 +60,7 @@ def main(grid: Grid, context: Context) -> None:
         ledger=settings.ledger,
         on_audit_failure=cast(OnAuditFailure, settings.audit_on_failure),
         time_limit=settings.audit_time_limit,
+        examine=new_picture(settings, data),
     )
     result = strategy.start(
         grid=grid,
@@ -70,6 +73,14 @@ def main(grid: Grid, context: Context) -> None:
     log(INFO, "Test accuracy, before training and after each round: %s", " → ".join(accuracies_of(result)))
     if reference:
         log(INFO, "The same federation without audit and policy:        %s", " → ".join(reference))
+
+
+def new_picture(settings: Settings, data: ImageData) -> WorstClientPicture | None:
+    """Returns what draws the picture, for a run that is to have one."""
+    if not settings.picture:
+        return None
+    beside = Path(settings.ledger) if "://" not in settings.ledger else Path("runs/vision")
+    return WorstClientPicture(data.train, last_round=settings.num_server_rounds, folder=beside.with_suffix(".pictures"))
 
 
 def new_inner_strategy(settings: Settings) -> FedAvg:

@@ -48,6 +48,7 @@ class Settings:
     audit_gpus: float
     audit_time_limit: float
     audit_on_failure: str
+    picture: bool
     reference_run: bool
     ledger: str
 
