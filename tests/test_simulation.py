@@ -281,3 +281,40 @@ class TestLauncher:
         orphan, left = output.split(maxsplit=1)
         assert left.strip() == "set()"
         assert not Path(f"/proc/{orphan}").exists()
+
+
+def test_the_picture_is_of_the_client_that_leaked_most_at_first_and_is_drawn_at_the_last_round(tmp_path):
+    from fl_privacy.audit import AuditSettings, AuditTask, SerialExecutor, TrainingTrace
+    from fl_privacy.audit.auditor import AuditedRound, Auditor
+    from vision.pictures import WorstClientPicture
+
+    data = load_dataset("digits")
+    images, labels = data.train.select(slice(0, 4))
+    model = task.new_model(settings_with(model="mlp"), data)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    training.train(model, [(images, labels)], learning_rate=0.1, momentum=0.0)
+    update = {name: (p.detach() - before[name]).numpy() for name, p in model.named_parameters()}
+    trace = TrainingTrace(optimizer="SGD", batches=((0, 1, 2, 3),), lr=(0.1,))
+    generator = np.random.default_rng(0)
+
+    def client(name, noise):
+        shared = {n: a + noise * generator.standard_normal(a.shape).astype(np.float32) for n, a in update.items()}
+        return AuditTask(
+            server_round=1, client=name, node_id=int(name), shared=shared, inputs=images.numpy(),
+            labels=labels.numpy(), trace=trace, captured=update, defence="none",
+        )  # fmt: skip
+
+    auditor = Auditor(
+        model, torch.nn.CrossEntropyLoss(), settings=AuditSettings(prior_std=0.3, data_range=1.0, max_examples=1),
+        executor=SerialExecutor(),
+    )  # fmt: skip
+    params = {name: p.numpy() for name, p in before.items()}
+    tasks = [client("1", 0.01), client("2", 0.0)]
+    rows = auditor.audit_round(params, tasks)
+    draw = WorstClientPicture(data.train, last_round=2, folder=tmp_path / "pictures")
+    for server_round in (1, 2):
+        assert not (tmp_path / "pictures").exists()
+        draw(AuditedRound(server_round=server_round, context=auditor.context, params=params, tasks=tasks, rows=rows))
+    (picture,) = (tmp_path / "pictures").iterdir()
+    assert picture.name == "client-2-round-2.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")

@@ -313,3 +313,22 @@ def test_advice_for_another_model_is_not_followed():
 def test_a_policy_out_of_range_is_named(options, message):
     with pytest.raises(InvalidInputError, match=message):
         Policy(**options)
+
+
+def test_an_audited_round_can_be_examined_with_its_batches_and_what_that_raises_stops_nothing():
+    seen = []
+
+    def examine(audited):
+        seen.append(audited)
+        raise RuntimeError("no picture today")
+
+    strategy = audit("report", examine=examine)
+    run(strategy, rounds=2)
+    assert [audited.server_round for audited in seen] == [1, 2]
+    assert all(row.action == "passed" for row in strategy.estimates)
+    for audited in seen:
+        assert [task.client for task in audited.tasks] == [row.client for row in audited.rows]
+        assert sorted(task.client for task in audited.tasks) == ["10", "20"]
+        assert audited.tasks[0].inputs.shape == (4, 1, 4, 4)
+        assert audited.context.settings.prior_std == 1.0
+        assert set(audited.params) == set(new_model().state_dict())
