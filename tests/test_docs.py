@@ -68,6 +68,21 @@ QUICKSTART = {
 }
 """What an app in the shape of Flower's quickstart has around the fragments that README.md and deploy.md show of it."""
 
+
+def noise_setup() -> dict[str, object]:
+    """What the block of noise.md takes as given: the Jacobian of one image's gradient, and the names it calls."""
+    import fl_privacy
+    from fl_privacy import influence as engine
+
+    model = net().double()
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    update = fl_privacy.GradientUpdate(model, nn.CrossEntropyLoss())
+    names = ("estimate_spectrum", "recommend_noise", "sample_input_noise")
+    found = {name: getattr(fl_privacy, name, None) or getattr(engine, name) for name in names}
+    inputs = torch.rand(1, 1, 1, 2, 2, dtype=torch.float64)
+    return {**found, "jacobian": fl_privacy.UpdateJacobian(update, params, inputs, torch.tensor([[1]]))}
+
+
 COMPLETED = {
     "README.md": {"result = strategy.start(": "result = lambda **_: None\nresult("},
     "deploy.md": {
@@ -93,6 +108,8 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     logged = []
     monkeypatch.setitem(sys.modules, "wandb", stand_in_for_wandb(logged))
     namespace = {"__name__": page.stem, **(QUICKSTART if page.name in ("README.md", "deploy.md") else {})}
+    if page.name == "noise.md":
+        namespace |= noise_setup()
     text = page.read_text()
     for found in BLOCK.finditer(text):
         code, line = found.group(1), text[: found.start()].count("\n") + 1
