@@ -20,6 +20,7 @@ from fl_privacy.audit.table import round_table
 from fl_privacy.commands.audit import audit
 from fl_privacy.commands.compare_inits import compare_inits
 from fl_privacy.commands.init import init
+from fl_privacy.commands.picture import picture
 from fl_privacy.commands.report import report
 from fl_privacy.commands.study import study
 from fl_privacy.commands.validate import validate
@@ -113,6 +114,7 @@ app.command(epilog="Exit codes: 0 audited, 1 leakage may be above --fail-above, 
 )
 app.command(epilog="Exit codes: 0 written, 1 written, but the ledger was tampered with, 2 nothing written.")(report)
 app.command(epilog="Exit codes: 0 done, 2 wrong usage or missing data.")(validate)
+app.command(epilog="Exit codes: 0 drawn, 2 wrong usage or missing data.")(picture)
 app.command(name="compare-inits", epilog="Exit codes: 0 done, 2 wrong usage or missing data.")(compare_inits)
 app.add_typer(study, name="study")
 

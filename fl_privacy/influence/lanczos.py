@@ -111,3 +111,23 @@ class Lanczos:
         t = torch.diag_embed(alpha) + torch.diag_embed(beta, 1) + torch.diag_embed(beta, -1)
         last = (self.size - 1).clamp(min=0)
         return t, self._beta.gather(1, last[:, None]).squeeze(1)
+
+
+def function_of_gram(
+    operator: GramOperator, f: Callable[[Tensor], Tensor], vector: Tensor, max_steps: int = 256
+) -> Tensor:
+    """Returns f(G)·v `[1, D]` of one unit by Lanczos iteration from v: exact where D steps are allowed.
+
+    Args:
+        operator: One unit.
+        f: Of eigenvalues `[1, K]`.
+        vector: v `[1, D]`, not zero.
+        max_steps: Most products.
+    """
+    lanczos = Lanczos(operator, vector, max_steps=max_steps)
+    lanczos.run(lambda state: torch.zeros_like(state.failed))
+    t, _ = lanczos.tridiagonal()
+    nodes, vectors = torch.linalg.eigh(t)
+    column = torch.einsum("ukj,uj->uk", vectors, f(nodes.clamp(min=0)) * vectors[:, 0, :])
+    basis = lanczos.basis[: t.shape[-1]]
+    return float(lanczos.start_norm) * torch.einsum("kud,uk->ud", basis, column.to(basis))

@@ -23,8 +23,7 @@ from fl_privacy.attacks import GaussianPrior, GaussNewton, InputDenoising, Isotr
 from fl_privacy.attacks.image_prior import Denoiser, denoised
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.influence.i2f import influence
-from fl_privacy.influence.jacobian import UpdateJacobian
-from fl_privacy.influence.lanczos import Lanczos
+from fl_privacy.influence.lanczos import function_of_gram
 from fl_privacy.influence.recommendation import NoiseRecommendation, recommend_noise
 from fl_privacy.influence.sampling import draw_input_noise
 from fl_privacy.influence.spectrum import Spectrum, dense_gram, estimate_spectrum
@@ -135,7 +134,7 @@ class _Unit:
     def of_gram(self, f: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
         """f(G)·v `[1, D]`."""
         if self.eigen is None:
-            return _function_of_gram(self.jacobian, f, v, self.settings.draw_steps)
+            return function_of_gram(self.jacobian, f, v, self.settings.draw_steps)
         values, vectors = self.eigen
         return (v @ vectors * f(values[None])) @ vectors.T
 
@@ -310,17 +309,6 @@ def _weighted_mean(unit: _Unit, defence: Defence) -> Tensor:
     target = defence.noise.precision(seen[None])[0] @ j
     solved = torch.linalg.solve(m + torch.eye(len(m), dtype=m.dtype) / tau**2, target)
     return _image(unit, unit.mu + solved[None])
-
-
-def _function_of_gram(jacobian: UpdateJacobian, f: Callable[[Tensor], Tensor], v: Tensor, max_steps: int) -> Tensor:
-    """f(G)·v `[1, D]` by Lanczos iteration from v."""
-    lanczos = Lanczos(jacobian, v, max_steps=max_steps)
-    lanczos.run(lambda state: torch.zeros_like(state.failed))
-    t, _ = lanczos.tridiagonal()
-    nodes, vectors = torch.linalg.eigh(t)
-    column = torch.einsum("ukj,uj->uk", vectors, f(nodes.clamp(min=0)) * vectors[:, 0, :])
-    basis = lanczos.basis[: t.shape[-1]]
-    return float(lanczos.start_norm) * torch.einsum("kud,uk->ud", basis, column.to(basis))
 
 
 def _image(unit: _Unit, flat: Tensor) -> Tensor:

@@ -1,0 +1,118 @@
+"""A picture of one image of a data set behind defences: noise, pruning, and the noise recommended for a target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fl_privacy.attacks import GaussianPrior, GaussNewton, rmse
+from fl_privacy.attacks.mechanisms import AddedNoise, Mechanism, NoDefence, Pruning
+from fl_privacy.errors import InvalidInputError
+from fl_privacy.influence.jacobian import UpdateJacobian
+from fl_privacy.influence.lanczos import function_of_gram
+from fl_privacy.influence.recommendation import NoiseRecommendation, recommend_noise
+from fl_privacy.influence.sampling import draw_input_noise
+from fl_privacy.influence.spectrum import Spectrum, estimate_spectrum
+from fl_privacy.pictures.rebuilding import Panel, Picture, SharedUpdate, rebuild
+from fl_privacy.reference.initialization import Initialization
+from fl_privacy.studies.scene import Scene, SceneSettings
+from fl_privacy.studies.settings import Settings, option
+
+_MAX_STEPS = 1024
+"""Lanczos steps for a draw of shaped noise: all there is of images of up to 32×32 grey pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureSettings(Settings):
+    """Which image behind which model, and what is done to its gradient."""
+
+    dataset: str = option("digits", "digits, mnist, fashion-mnist, cifar10 or folder.")
+    data_root: str = option("data", "Where the data set's files are.")
+    model: str = option("lenet", "linear, mlp, lenet, digitsnet, resnet8, resnet18 or vit.")
+    initialization: Initialization = option("uniform", "How parameters are drawn.")
+    image: int = option(0, "Index of the image in the test set.", minimum=0)
+    noise_stds: tuple[float, ...] = option((1e-3, 3e-2), "Gaussian noise, standard deviation per parameter.", above=0)
+    prune: tuple[float, ...] = option((0.9,), "Shares of the gradient's entries that are pruned away.", above=0)
+    target_leakage: float = option(0.5, "Leakage that the recommended noise leaves.", above=0)
+    seed: int = option(0, "Of initialization and noise.", minimum=0)
+
+
+def defended_picture(settings: PictureSettings) -> Picture:
+    """Returns the image, what an attacker rebuilds of its gradient as it is, and what of it behind each defence.
+
+    The attacker knows model, label and mechanism, of shaped noise the covariance too, and holds a prior from 2,000
+    images of the training set.
+
+    Raises:
+        InvalidInputError: There is no such image, or the target is not below 1.
+        ValueError: The data set or the model is unknown.
+    """
+    if settings.target_leakage >= 1:
+        raise InvalidInputError(f"expected a target leakage below 1, got {settings.target_leakage}")
+    scene = Scene.of(
+        SceneSettings(
+            dataset=settings.dataset,
+            data_root=settings.data_root,
+            model=settings.model,
+            initialization=settings.initialization,
+            num_images=settings.image + 1,
+            seed=settings.seed,
+        )
+    )
+    jacobian = scene.jacobian([settings.image])
+    spectrum = estimate_spectrum(jacobian, max_steps=256)
+    law = recommend_noise(spectrum, target_leakage=settings.target_leakage, prior_std=scene.prior.std)
+    mechanisms: list[tuple[str, Mechanism]] = [
+        ("raw update", NoDefence()),
+        *((f"noise {std:g}", AddedNoise(std=std)) for std in settings.noise_stds),
+        *((f"{share:.0%} pruned", Pruning(share=share)) for share in settings.prune),
+    ]
+    recommended = not bool(law.already_met[0] | law.failed[0])
+    if recommended:
+        isotropic = float(law.isotropic_std[0])
+        mechanisms.append((f"isotropic for {settings.target_leakage:.0%}", AddedNoise(std=isotropic)))
+    generator = torch.Generator().manual_seed(settings.seed)
+    update = jacobian.update()
+    versions = []
+    for name, mechanism in mechanisms:
+        shared = mechanism.apply(update, generator)
+        versions.append(SharedUpdate(name, shared[0], mechanism.noise(shared)))
+    images, labels = scene.images[settings.image], scene.labels[settings.image]
+    picture = rebuild(scene.update, scene.params, images, labels, versions, prior=scene.prior)
+    if not recommended:
+        return picture
+    return replace(picture, panels=(*picture.panels, _shaped(settings, scene, jacobian, spectrum, law)))
+
+
+def _shaped(
+    settings: PictureSettings, scene: Scene, jacobian: UpdateJacobian, spectrum: Spectrum, law: NoiseRecommendation
+) -> Panel:
+    """The panel of u(x + a): the attacker rebuilds x + a, and takes the posterior mean of x given that."""
+    tau, truth = scene.prior.std, scene.images[[settings.image]]
+    drawn = draw_input_noise(jacobian, law, settings.seed, max_steps=_MAX_STEPS)
+    white = float(drawn.white_std) ** 2
+
+    def share(nodes: Tensor) -> Tensor:
+        """τ²/(τ² + s²), s² = h(λ) as it was drawn."""
+        return tau**2 / (tau**2 + float(drawn.scale) ** 2 * law.variance(nodes) + white)
+
+    shared = jacobian.shifted(drawn.noise).update()
+    exact = NoDefence().noise(shared)
+    wide = GaussianPrior(scene.prior.mean, (tau**2 + float(drawn.noise.square().mean())) ** 0.5)
+    problem = replace(scene.problem([settings.image], shared, 1.0), prior=wide, noise=exact)
+    found = GaussNewton().run(problem)
+    mean = wide.start(1, 1)
+    rebuilt = (mean + function_of_gram(jacobian, share, found.inputs.flatten(1) - mean, _MAX_STEPS)).reshape(
+        truth.shape
+    )
+    leakage = float(spectrum.mean(share))
+    return Panel(
+        name=f"shaped for {settings.target_leakage:.0%}",
+        rebuilt=rebuilt[0, 0],
+        leakage=leakage,
+        predicted=tau * max(0.0, 1 - leakage) ** 0.5,
+        reached=float(rmse(rebuilt, truth)),
+        explained=bool(found.explained),
+    )
