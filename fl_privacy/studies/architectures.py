@@ -252,6 +252,8 @@ def _draw(settings: ArchitecturesSettings, rows: Sequence[ArchitecturesRow], fig
         ends = [min(values) / 1.3, max(values) * 1.3]
         axis.plot(ends, ends, color="black", linewidth=1)
         axis.set(xscale="log", yscale="log", xlabel=f"{label.removeprefix('the ')}, rmse")
+    reached = [row.error for row in rows]
+    axes[0].set_ylim(min(reached) / 1.5, max(reached) * 1.5)
     axes[0].set_ylabel("error of the attack, rmse")
     _legend(settings, axes[-1])
 
