@@ -36,6 +36,7 @@ STUDIES: Mapping[str, str] = MappingProxyType(
         "training": "How leakage changes over the rounds of federated averaging.",
         "batch-size": "How leakage depends on batch size and local steps, of one example and of the whole batch.",
         "proxy": "How well public examples tell the noise that a private one needs, from the norm of its update.",
+        "language": "How many words of SST-2 an attacker reads, beside the leakage of their embeddings.",
         "time": "What predictions cost beside the attacks that they spare, in seconds and in gradients.",
     }
 )
