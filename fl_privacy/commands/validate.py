@@ -111,7 +111,8 @@ def _finite(value: Any) -> Any:
 
 def _table(title: str, overall: Agreement, levels: dict[float, Agreement]) -> Table:
     table = Table(title=title, caption="beaten: an attack is more than 20 % below the prediction's lower end")
-    for heading in ("noise std", "runs", "Spearman [95 %]", "median ratio", "median |ratio - 1|", "beaten", "failed"):
+    headings = ("noise std", "runs", "Spearman [95 %]", "median ratio", "median |ratio - 1|", "beaten", "failed")
+    for heading in (*headings, "converged"):
         table.add_column(heading, justify="right")
     for name, agreement in [*((f"{level:g}", a) for level, a in levels.items()), ("all", overall)]:
         table.add_row(
@@ -122,6 +123,7 @@ def _table(title: str, overall: Agreement, levels: dict[float, Agreement]) -> Ta
             f"{agreement.median_deviation:.3f}",
             f"{agreement.beaten:.1%}",
             f"{agreement.failed:.1%}",
+            f"{agreement.converged:.1%}",
         )
     return table
 

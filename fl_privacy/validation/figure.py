@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from fl_privacy.extras import require
 from fl_privacy.studies.study import save_figure
 from fl_privacy.validation.study import ValidationRow
-from fl_privacy.validation.summary import best_attacks
+from fl_privacy.validation.summary import best_attacks, explained_runs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,13 +32,14 @@ def draw_agreement(rows: Sequence[ValidationRow], path: Path, *, title: str) -> 
 
 def _draw(rows: Sequence[ValidationRow], figure: Figure, title: str) -> None:
     axes = figure.subplots()
-    best = best_attacks(rows)
+    best, known = best_attacks(rows), explained_runs(rows)
     levels = sorted({row.noise_std for row in best})
     colours = require("matplotlib").colormaps["viridis"]
     for index, level in enumerate(levels):
         colour = colours(index / max(1, len(levels) - 1) * 0.9)
         for explained in (True, False):
-            chosen = [row for row in best if row.noise_std == level and row.explained is explained]
+            at_level = [row for row in best if row.noise_std == level]
+            chosen = [row for row in at_level if ((row.image, level) in known) is explained]
             if not chosen:
                 continue
             axes.scatter(

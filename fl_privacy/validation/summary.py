@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,9 @@ class Agreement:
         median_ratio: Median of reached over predicted error.
         median_deviation: Median of |ratio − 1|.
         beaten: Share of runs in which any attack's error was more than 20 % below the lower end of the prediction.
-        failed: Share of runs that no attack explained: there the attacks failed, and show nothing.
+        failed: Share of runs that no attack explained: there the attacks failed, and show nothing. Where noise is large
+            the prior's mean explains an update, too: then only `converged` says that an attack is done.
+        converged: Share of runs in which the closest attack reached a stationary point.
     """
 
     runs: int
@@ -40,6 +43,7 @@ class Agreement:
     median_deviation: float
     beaten: float
     failed: float
+    converged: float
 
 
 def summarize(rows: Sequence[ValidationRow]) -> tuple[Agreement, dict[float, Agreement]]:
@@ -59,14 +63,19 @@ def best_attacks(rows: Sequence[ValidationRow]) -> list[ValidationRow]:
     best: dict[tuple[int, float], ValidationRow] = {}
     for row in rows:
         key = (row.image, row.noise_std)
-        if key not in best or row.error < best[key].error:
+        if key not in best or row.error < best[key].error or math.isnan(best[key].error):
             best[key] = row
     return list(best.values())
 
 
+def explained_runs(rows: Sequence[ValidationRow]) -> set[tuple[int, float]]:
+    """Returns the (image, noise) pairs whose update at least one attack explained."""
+    return {(row.image, row.noise_std) for row in rows if row.explained}
+
+
 def _agreement(rows: Sequence[ValidationRow]) -> Agreement:
     best = best_attacks(rows)
-    explained = {(row.image, row.noise_std) for row in rows if row.explained}
+    explained = explained_runs(rows)
     ratios = np.array([row.ratio for row in best])
     return Agreement(
         runs=len(best),
@@ -75,6 +84,7 @@ def _agreement(rows: Sequence[ValidationRow]) -> Agreement:
         median_deviation=float(np.median(np.abs(ratios - 1))),
         beaten=float(np.mean([row.error < BEATEN * row.predicted_lower for row in best])),
         failed=float(np.mean([(row.image, row.noise_std) not in explained for row in best])),
+        converged=float(np.mean([row.converged for row in best])),
     )
 
 

@@ -149,6 +149,11 @@ class TestSummary:
         assert overall.median_ratio == pytest.approx(1.25)
         assert overall.failed == 0.5
 
+    def test_an_attack_that_broke_down_does_not_hide_one_that_did_not(self):
+        overall, _ = summarize([row(0, 0.1, 1.0, float("nan"), attack="a"), row(0, 0.1, 1.0, 0.2, attack="b")])
+        assert overall.median_ratio == pytest.approx(0.2)
+        assert overall.beaten == 1.0
+
     def test_reversed_order_within_a_level_is_reported(self):
         rows = [row(i, level, level * (10 + i), level * (10 - i)) for level in (1.0, 100.0) for i in range(5)]
         overall, levels = summarize(rows)
