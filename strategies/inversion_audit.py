@@ -6,14 +6,12 @@ import logging
 import math
 import traceback
 import uuid
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Literal, get_args
 
-import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
@@ -29,12 +27,13 @@ from fl_privacy.audit.metrics import Origin, RoundMetrics
 from fl_privacy.audit.policy import Policy, PolicyAction
 from fl_privacy.audit.settings import AuditSettings
 from fl_privacy.audit.task import Array
+from fl_privacy.audit.wording import joined
 from fl_privacy.errors import InvalidInputError, LedgerError
-from fl_privacy.flower.advice import Advice, noisy
 from fl_privacy.flower.request import Request
 from fl_privacy.influence.layout import ParameterLayout
 from fl_privacy.influence.update import Loss
 from fl_privacy.monitoring.callback import RoundCallback, close_all, notify
+from fl_privacy.strategies.actions import PolicyActions
 from fl_privacy.strategies.display import RoundDisplay
 from fl_privacy.strategies.replies import Reading, read_replies
 
@@ -78,7 +77,8 @@ class InversionAudit(Strategy):
         executor: Who computes: in this process by default, or `RayExecutor(...)`.
         ledger: Path or SQLAlchemy URL of the ledger, `None` for none.
         on_audit_failure: What becomes of an update of whose leakage nothing is known: it is aggregated all the same
-            (`continue`) or left out (`exclude`). An update that cannot be averaged (NaN, other names or shapes) is
+            (`continue`) or left out (`exclude`). Default: left out where the policy perturbs or excludes, as refusing
+            would be the way round it. An update that cannot be averaged (NaN, other names or shapes) is
             always left out, and always a row.
         time_limit: Seconds for the audit of one round; what is late is a row that says so.
         max_report_bytes: Most bytes of one client's report to accept.
@@ -105,7 +105,7 @@ class InversionAudit(Strategy):
         settings: AuditSettings | None = None,
         executor: Executor | None = None,
         ledger: str | Path | None = "fl_privacy.db",
-        on_audit_failure: OnAuditFailure = "continue",
+        on_audit_failure: OnAuditFailure | None = None,
         time_limit: float = 600.0,
         max_report_bytes: int = 1024**3,
         show: bool = True,
@@ -114,6 +114,10 @@ class InversionAudit(Strategy):
         examine: Callable[[AuditedRound], None] | None = None,
     ) -> None:
         super().__init__()
+        self.policy = Policy.of(policy)
+        if on_audit_failure is None:
+            protects = self.policy.action in ("perturb", "exclude") and not self.policy.dry_run
+            on_audit_failure = "exclude" if protects else "continue"
         if on_audit_failure not in get_args(OnAuditFailure):
             raise InvalidInputError(
                 f"expected on_audit_failure to be one of {', '.join(get_args(OnAuditFailure))}, "
@@ -131,13 +135,13 @@ class InversionAudit(Strategy):
         self.expected_defence = expected_defence
         self._model, self._cross_entropy = model, isinstance(loss, nn.CrossEntropyLoss)
         self.expect_aggregates = False  # whether replies that are all the same mean secure aggregation
-        self.policy = Policy.of(policy)
         self._names: dict[int, str] = {}
-        self._advice: dict[int, Advice] = {}
-        self._required: dict[int, float] = {}
         self._requests: dict[int, Request] = {}
         self._auditor = Auditor(model, loss, settings=settings, executor=executor, time_limit=time_limit)
         self._layout = ParameterLayout.of(model)
+        self._actions = PolicyActions(
+            self.policy, target_leakage=self._auditor.settings.target_leakage, parameters=self._layout.names
+        )
         self._ledger = None if ledger is None else Ledger(ledger)
         self._ledger_name = "" if ledger is None else str(ledger)
         self._unwritten: list[LeakageEstimate | RoundMetrics] = []
@@ -208,7 +212,7 @@ class InversionAudit(Strategy):
         for message in self._sent:
             node_id = message.metadata.dst_node_id
             self._requests[node_id] = request = self._request(node_id)
-            advice = self._advice.get(node_id)
+            advice = self._actions.advice_for(node_id)
             _add_entries(message, request.entries() | (advice.entries() if advice else {}))
         return self._sent
 
@@ -303,37 +307,24 @@ class InversionAudit(Strategy):
         """Returns what a client is asked to report."""
         if self.source is not Source.CLIENT:
             return Request()
-        target = self._target(self._names.get(node_id, ""))
+        target = self._actions.target_of(self._names.get(node_id, ""))
         return Request.for_estimate(replace(self._auditor.settings, target_leakage=target))
 
-    def _target(self, client: str) -> float:
-        return self.policy.targets.get(client, self._auditor.settings.target_leakage)
-
     def _note_what_was_asked(self, reading: Reading) -> None:
-        advice = self._advice.get(reading.node_id)
+        advice = self._actions.advice_for(reading.node_id)
         advised = None if advice is None else advice.noise_std
         reading.row = replace(reading.row, advised_noise_std=advised)
         if reading.task is not None:
-            target = self._target(reading.row.client)
+            target = self._actions.target_of(reading.row.client)
             reading.task = replace(reading.task, advised_noise_std=advised, target_leakage=target)
 
     def _act(self, reading: Reading) -> LeakageEstimate:
         """Applies the policy to one client, and returns its row with what was done."""
-        row = self._checked(reading)
+        reading.row = row = self._checked(reading)
         failed = row.status in _FAILURES and self._on_audit_failure == "exclude"
         if reading.reply is None or not reading.aggregable or failed:
             return replace(row, action="excluded")
-        row = replace(row, passed_leakage=None if row.leakage is None else row.leakage.upper)
-        if self.policy.excludes(row):
-            done = replace(
-                row, action="excluded", passed_leakage=None, detail=_join(row.detail, "leaks above the limit")
-            )
-            return self._unless_dry(row, done, "the update would be left out")
-        if self.policy.action == "advise":
-            return self._advise(reading.node_id, row)
-        if self.policy.action == "perturb" and (std := self.policy.noise_std(row)) > 0:
-            return self._perturb(reading.reply, row, std)
-        return row
+        return self._actions.apply(reading)
 
     def _checked(self, reading: Reading) -> LeakageEstimate:
         """Returns a client's row with what its update shows of the defence that it claims, or should have."""
@@ -341,8 +332,9 @@ class InversionAudit(Strategy):
         if traces is None:
             return row
         said = {"its claim": reading.claim, "what is expected of every client": self.expected_defence}
-        if row.applied_noise_std:
-            said["the noise it says it put on"] = Defence(kind="advised", noise_std=row.applied_noise_std)
+        if row.applied_noise_std and row.scale is not None and not traces.sparsity:
+            # It was put on before whatever clipped the update; what is pruned afterwards cannot be compared.
+            said["the noise it says it put on"] = Defence(kind="advised", noise_std=row.applied_noise_std * row.scale)
         found = {name: traces.shortfall(defence) for name, defence in said.items() if defence is not None}
         wrong = "; ".join(f"less than {name}: {shortfall}" for name, shortfall in found.items() if shortfall)
         return replace(
@@ -350,54 +342,11 @@ class InversionAudit(Strategy):
             observed_noise_std=traces.noise_std,
             observed_sparsity=traces.sparsity,
             claim_holds=not wrong if found else None,
-            detail=_join(row.detail, wrong),
+            detail=joined(row.detail, wrong),
         )
 
     def _look(self, shared: Mapping[str, Array]) -> Traces:
         return find_traces(self._model, shared, cross_entropy=self._cross_entropy)
-
-    def _advise(self, node_id: int, row: LeakageEstimate) -> LeakageEstimate:
-        """Keeps the advice for the client's next round; of a row without an estimate, the last one stands.
-
-        Examples and training differ from round to round: the largest noise that any round needed counts.
-        """
-        asked = self._advice.get(node_id)
-        if asked is not None and row.applied_noise_std is None and row.status.has_estimate:
-            row = replace(row, detail=_join(row.detail, "the client did not put the advised noise on its update"))
-        if row.required_noise_std is None or row.target_leakage is None:
-            return row
-        self._required[node_id] = max(self._required.get(node_id, 0.0), row.required_noise_std)
-        std = self.policy.noise_std(replace(row, required_noise_std=self._required[node_id]))
-        if self.policy.dry_run:
-            return self._unless_dry(row, row, f"noise of {std:.3g} would be advised") if std > 0 else row
-        self._advice.pop(node_id, None)
-        if std > 0:
-            names = tuple(self._layout.names)
-            self._advice[node_id] = Advice(noise_std=std, target_leakage=row.target_leakage, parameters=names)
-        return row
-
-    def _perturb(self, reply: Message, row: LeakageEstimate, std: float) -> LeakageEstimate:
-        """Puts noise on an update that arrived, in its own scale: an attacker divides out what clipping multiplied."""
-        assert row.leakage is not None
-        assert row.target_leakage is not None
-        seed = None
-        if self.policy.seed is not None:
-            seed = [self.policy.seed, row.server_round, zlib.crc32(row.client.encode())]
-        done = replace(
-            row,
-            action="perturbed",
-            applied_noise_std=std,
-            passed_leakage=min(row.leakage.upper, row.target_leakage),
-        )
-        if not self.policy.dry_run:
-            scale = 1.0 if row.scale is None else row.scale
-            ((key, arrays),) = reply.content.array_records.items()
-            generator = np.random.default_rng(seed)
-            reply.content[key] = noisy(arrays, tuple(self._layout.names), std * scale, generator)
-        return self._unless_dry(row, done, f"noise of {std:.3g} would be put on it")
-
-    def _unless_dry(self, row: LeakageEstimate, done: LeakageEstimate, what: str) -> LeakageEstimate:
-        return replace(row, detail=_join(row.detail, f"dry run: {what}")) if self.policy.dry_run else done
 
     def _write(self, rows: Sequence[LeakageEstimate | RoundMetrics]) -> None:
         """Appends rows to the ledger; what it does not take now is tried again with the next round's."""
@@ -444,14 +393,8 @@ def _weight_of(strategy: Strategy) -> str | None:
 
 def _add_entries(message: Message, entries: Mapping[str, str]) -> None:
     """Adds entries to a message's config, in a record of its own: clients share what the inner strategy built."""
-    configs = message.content.config_records
-    if configs:
-        key, config = next(iter(configs.items()))
-        message.content = RecordDict({**message.content, key: ConfigRecord({**config, **entries})})
-
-
-def _join(*parts: str) -> str:
-    return "; ".join(part for part in parts if part)
+    key, config = next(iter(message.content.config_records.items()), ("config", ConfigRecord()))
+    message.content = RecordDict({**message.content, key: ConfigRecord({**config, **entries})})
 
 
 def _with_leakage(metrics: MetricRecord | None, rows: Sequence[LeakageEstimate]) -> MetricRecord | None:

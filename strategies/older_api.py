@@ -18,6 +18,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import nn
 
+from fl_privacy.audit.policy import Policy
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.flower.older_api import NAMES_KEY, take_report
 from fl_privacy.flower.records import REPORT_KEY
@@ -49,6 +50,10 @@ class OlderInversionAudit(OlderStrategy):
 
     def __init__(self, strategy: OlderStrategy, *, model: nn.Module, loss: Loss, **options: Any) -> None:
         super().__init__()
+        if Policy.of(options.get("policy", "report")).action == "advise":
+            raise InvalidInputError(
+                "expected a policy of report, perturb or exclude, got advise: clients of the older API cannot follow it"
+            )
         self.strategy = strategy
         self._bridge = _Bridge(strategy, model)
         self.audit = InversionAudit(self._bridge, model=model, loss=loss, **options)

@@ -13,10 +13,12 @@ from flwr.app import ArrayRecord, Message
 from fl_privacy.audit.claims import Defence, Traces
 from fl_privacy.audit.estimate import LeakageEstimate, Source, Status
 from fl_privacy.audit.task import Array, AuditTask
+from fl_privacy.audit.wording import joined
 from fl_privacy.errors import FLPrivacyError, RecordError
 from fl_privacy.flower.records import ESTIMATE, REPORT_KEY, ClientReport, decode_report
 from fl_privacy.flower.request import Request
 from fl_privacy.flower.updates import UnusableUpdateError, shared_update, update_norm
+from fl_privacy.interval import Interval
 
 _NORM_RTOL = 0.01
 """How closely the norm that a client audited must be that of what arrived: it is told to three digits."""
@@ -32,6 +34,9 @@ class Reading:
         row: Its row in the ledger, without an estimate until the audit has one.
         task: What is to be audited; `None` where there is nothing.
         aggregable: Whether the inner strategy can average the update.
+        aggregate: Whether what arrived is the mean of several clients' updates, which no policy can tell apart.
+        named: Whether the row's client is a name that the client gave.
+        mismatch: What tells that a client audited another update than the one that arrived; empty if nothing.
         traces: What the update alone shows of how it was defended.
         claim: What the client says of that.
     """
@@ -41,6 +46,9 @@ class Reading:
     row: LeakageEstimate
     task: AuditTask | None = None
     aggregable: bool = True
+    aggregate: bool = False
+    named: bool = False
+    mismatch: str = ""
     traces: Traces | None = None
     claim: Defence | None = None
 
@@ -88,6 +96,8 @@ def read_replies(
         readings.append(_read(server_round, node_id, reply, expected, trained, request, max_report_bytes, look))
         if aggregate and readings[-1].aggregable:
             _mark_aggregate(readings[-1])
+        elif readings[-1].mismatch:
+            _discredit(readings[-1])
         if node_id in silent:
             del silent[node_id]
         elif node_id in node_of.values():
@@ -100,11 +110,21 @@ def read_replies(
         row = _row(server_round, node_id, Status.NO_REPLY, detail="asked, and never answered")
         readings.append(Reading(node_id, None, row))
     for reading in readings:
-        if reading.row.client != str(reading.node_id):
-            names[reading.node_id] = reading.row.client
-        elif reading.node_id in names:
-            reading.row = _changed(reading.row, client=names[reading.node_id])
+        _settle_name(reading, names)
     return readings
+
+
+def _settle_name(reading: Reading, names: dict[int, str]) -> None:
+    """Gives a client the name under which it first reported: neither another one later nor somebody else's."""
+    node_id, claimed = reading.node_id, reading.row.client
+    if node_id not in names and reading.named:
+        taken = claimed in names.values()
+        names[node_id] = f"{claimed} (node {node_id})" if taken else claimed
+    name = names.get(node_id, claimed)
+    if name != claimed:
+        reading.row = _changed(reading.row, client=name)
+        if reading.task is not None:
+            reading.task = replace(reading.task, client=name)
 
 
 def _read(
@@ -135,6 +155,7 @@ def _read(
             problem = str(error)
             reading.row = _changed(row, status=Status.INVALID_REPORT, detail=problem)
     if report is not None:
+        reading.named = bool(report.client)
         reading.row = _changed(
             reading.row,
             client=report.client or row.client,
@@ -155,7 +176,7 @@ def _read(
         return reading
     try:
         if request.kind == ESTIMATE:
-            reading.row = _disclosed(reading.row, report, shared, request)
+            _disclose(reading, report, shared, request)
         else:
             reading.task = _task(reading, report, shared, expected, trained)
     except FLPrivacyError as error:
@@ -163,10 +184,8 @@ def _read(
     return reading
 
 
-def _disclosed(
-    row: LeakageEstimate, report: ClientReport, shared: Mapping[str, Array], request: Request
-) -> LeakageEstimate:
-    """Returns a row with what a client says of its own audit, set against the update that arrived."""
+def _disclose(reading: Reading, report: ClientReport, shared: Mapping[str, Array], request: Request) -> None:
+    """Puts what a client says of its own audit into its row, and sets it against the update that arrived."""
     if report.inputs is not None or report.labels is not None or report.captured is not None:
         raise RecordError("the report holds a batch, and only an estimate was asked for: it was not looked at")
     estimate = report.estimate
@@ -179,15 +198,22 @@ def _disclosed(
         told = getattr(estimate, name)
         if estimate.leakage is not None and told != wanted:
             raise RecordError(f"expected an estimate for {name} of {wanted}, as asked, got {told}")
-    row = estimate.applied(row)
+    reading.row = estimate.applied(reading.row)
     arrived = update_norm(shared)
     if abs(arrived - estimate.shared_norm) > _NORM_RTOL * arrived:
-        changed = (
+        reading.mismatch = (
             f"the client audited an update of norm {estimate.shared_norm:.3g} and {arrived:.3g} arrived: "
-            "what happened in between is not credited"
+            "nothing that it found is credited"
         )
-        row = _changed(row, detail="; ".join(filter(None, [row.detail, changed])))
-    return row
+
+
+def _discredit(reading: Reading) -> None:
+    """Takes a client's own estimate for that of another update than the one that arrived, of which nothing is known."""
+    row = _changed(reading.row, detail=joined(reading.row.detail, reading.mismatch))
+    if row.leakage is not None:
+        unknown = Interval(row.leakage.lower, 1.0, 1.0)
+        row = _changed(row, status=Status.UNVERIFIED, verified=False, leakage=unknown, rmse=None, psnr=None)
+    reading.row = row
 
 
 def _task(
@@ -272,6 +298,7 @@ def _are_all_the_same(replies: Sequence[Message]) -> bool:
 def _mark_aggregate(reading: Reading) -> None:
     """Says that what arrived is no client's own; an audit that the client made of its own update stands."""
     reading.task = reading.traces = None
+    reading.aggregate = True
     if reading.row.source is Source.CLIENT:
         detail = "aggregate only: what the client audited never arrived but as part of a mean"
         reading.row = _changed(reading.row, detail=detail)

@@ -110,7 +110,8 @@ def exposure(
         ridge=ridge,
         influence=solved.norm,
         lower_bound=influence_lower_bound(jacobian, perturbation),
-        rmse=(solved.norm.double() ** 2 / jacobian.input_dim + bias).sqrt(),
+        # Whoever would miss by more than the prior does keeps to the prior.
+        rmse=(solved.norm.double() ** 2 / jacobian.input_dim + bias).sqrt().clamp(max=settings.prior_std),
         residual=solved.residual,
         solved=solved.converged,
         tight=spectrum.gap(10 * spectrum.resolution) <= 2 * settings.rtol,

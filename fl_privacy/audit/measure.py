@@ -20,6 +20,7 @@ from fl_privacy.audit.perturbation import NoiseBlocks, noise_blocks, observed_pe
 from fl_privacy.audit.replay import AuditContext, Replay, flat_update, replay_training, to_tensor
 from fl_privacy.audit.settings import AuditSettings
 from fl_privacy.audit.task import Array, AuditTask
+from fl_privacy.audit.wording import joined
 from fl_privacy.influence.jacobian import UpdateJacobian
 from fl_privacy.influence.layout import ParameterLayout
 from fl_privacy.influence.spectrum import Spectrum, estimate_spectrum
@@ -161,13 +162,13 @@ def _measure(
         # The worst of the client's examples; of equally bad ones, the one that needs the most noise.
         worst = max(mine.tolist(), key=lambda u: (_or(found.leakage.value[u], -1.0), _or(required[u], -1.0)))
         status, detail = _judge(task, replay, index, found, mine, settings)
-        detail = _join(
+        detail = joined(
             detail, _doubt_of_noise(task, float(seen.noise_std[index]), jacobian.update_dim, float(doubt[index]))
         )
         if split[index]:
-            detail = _join(detail, _uneven(blocks, index))
+            detail = joined(detail, _uneven(blocks, index))
         if found.blurred[mine].any() and dtype == torch.float64:
-            detail = _join(detail, "precision limits the interval: the noise is below what float64 resolves")
+            detail = joined(detail, "precision limits the interval: the noise is below what float64 resolves")
         example = examples[index][worst % units] if settings.unit == "example" else None
         rows.append(
             replace(
@@ -340,7 +341,3 @@ def _number(value: Tensor) -> float | None:
 
 def _or(value: Tensor, default: float) -> float:
     return default if value.isnan() else float(value)
-
-
-def _join(*parts: str) -> str:
-    return "; ".join(part for part in parts if part)

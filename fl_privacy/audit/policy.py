@@ -75,24 +75,28 @@ class Policy:
         """
         return policy if isinstance(policy, Policy) else cls(action=policy)
 
-    def noise_std(self, row: LeakageEstimate) -> float:
-        """Returns the σ per parameter of the noise that is missing on a client's update for its row's target.
+    def own_noise_std(self, row: LeakageEstimate) -> float:
+        """Returns σ_o, the noise per parameter that a client put on its update itself, as far as its leakage shows it.
 
-        With σ_r what the target requires and σ_o the client's own noise, as far as its leakage shows it for certain, it
-        is
+        Of an update that was reproduced and carries even noise, the σ at which its leakage is the upper end of what was
+        found; otherwise 0: what a perturbation is made of is then not known.
+        """
+        if not row.verified or not row.even_noise or row.curve is None or row.leakage is None:
+            return 0.0
+        return row.curve.noise_std_at(row.leakage.upper)
+
+    def missing_noise_std(self, required: float, own: float) -> float:
+        """Returns the σ per parameter of the noise that is missing on an update for its target.
+
+        With σ_r what the target requires and σ_o the client's own noise, in units of the undefended update, it is
 
             √(T·(m·σ_r)² − (σ_o/m)²), m the margin for advice, which a later round uses, and 1 otherwise,
 
-        or 0 where the client's own noise suffices. In units of the undefended update.
+        or 0 where the client's own noise suffices.
         """
-        if row.required_noise_std is None or not math.isfinite(row.required_noise_std):
-            return 0.0
         margin = self.margin if self.action == "advise" else 1.0
-        certain = 0.0
-        if row.verified and row.even_noise and row.curve is not None and row.leakage is not None:
-            certain = row.curve.noise_std_at(row.leakage.upper) / margin
-        own = max(0.0, certain**2 - ((row.applied_noise_std or 0.0) / margin) ** 2)
-        return math.sqrt(max(0.0, self.shares * (margin * row.required_noise_std) ** 2 - own))
+        wanted, there = math.sqrt(self.shares) * margin * required, own / margin
+        return math.sqrt((wanted - there) * (wanted + there)) if wanted > there else 0.0
 
     def excludes(self, row: LeakageEstimate) -> bool:
         """Returns whether the client's update is to be left out."""

@@ -47,3 +47,8 @@ def plain(text: str) -> str:
 def shortened(text: str, length: int) -> str:
     """Returns `text` cut to a length, with dots where something was cut."""
     return text if len(text) <= length else f"{text[: length - 3].rstrip()}..."
+
+
+def joined(*parts: str) -> str:
+    """Returns the parts that are not empty, with semicolons between."""
+    return "; ".join(part for part in parts if part)

@@ -76,12 +76,16 @@ def noisy(
     """Returns arrays with independent N(0, σ²) on every entry of the named ones.
 
     Raises:
-        RecordError: One of them is not of floating-point numbers.
+        RecordError: One of them is not of floating-point numbers, or cannot hold the noise.
     """
     changed = {}
     for name in parameters:
         array = arrays[name].numpy()
         if not np.issubdtype(array.dtype, np.floating):
             raise RecordError(f"expected floating-point numbers in {name} to put noise on, got {array.dtype}")
-        changed[name] = Array((array + noise_std * generator.standard_normal(array.shape)).astype(array.dtype))
+        with np.errstate(over="ignore"):
+            perturbed = (array + noise_std * generator.standard_normal(array.shape)).astype(array.dtype)
+        if not np.isfinite(perturbed).all():
+            raise RecordError(f"noise of {noise_std:.3g} is more than {array.dtype} holds in {name}")
+        changed[name] = Array(perturbed)
     return ArrayRecord({name: changed.get(name, array) for name, array in arrays.items()})

@@ -219,8 +219,8 @@ def _number(entry: Mapping[str, Any], name: str) -> float:
 
 
 def _nonnegative(value: Any, name: str) -> float:
-    if type(value) not in (int, float) or not 0 <= value <= 1e300:  # NaN compares as false
-        raise RecordError(f"expected a finite {name} >= 0, got {value!r:.80}")
+    if type(value) not in (int, float) or not 0 <= value <= 1e30:  # NaN compares as false
+        raise RecordError(f"expected a finite {name} >= 0 and at most 1e30, got {value!r:.80}")
     return float(value)
 
 

@@ -31,6 +31,8 @@ ESTIMATE = "estimate"
 """The request for the scalars of an audit that the client makes itself."""
 
 _VERSION = 1
+_MOST_NOISE = 1e30
+"""Most noise per parameter that a report may speak of: far beyond use, and its square is still a number."""
 _MAX_HEAD = 4 * 1024**2
 """Most characters of a head: lists of nothing take 20 times the memory of their text."""
 _DTYPES = ("float32", "float64", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
@@ -116,7 +118,7 @@ def decode_report(record: Any, *, max_bytes: int) -> ClientReport:
         trace=None if trace is None else _trace(_expect(trace, dict, "trace")),
         captured=captured or None,
         estimate=None if estimate is None else Disclosure.from_dict(_expect(estimate, dict, "estimate")),
-        applied_noise_std=None if applied is None else _finite(applied, "applied_noise_std"),
+        applied_noise_std=None if applied is None else _noise(applied),
     )
 
 
@@ -197,6 +199,13 @@ def _claim(entry: Any) -> Defence | None:
         return Defence(kind=_text(entry, "kind"), **known)
     except InvalidInputError as error:
         raise RecordError(str(error)) from error
+
+
+def _noise(value: Any) -> float:
+    noise = _finite(value, "applied_noise_std")
+    if not 0 <= noise <= _MOST_NOISE:
+        raise RecordError(f"expected applied_noise_std in [0, {_MOST_NOISE:g}], got {noise}")
+    return noise
 
 
 def _text(head: Mapping[str, Any], name: str) -> str:

@@ -60,7 +60,10 @@ class Reporter:
         if (model is None) != (loss is None):
             raise InvalidInputError("expected model and loss together: an audit on the client needs both")
         unknown = set(arguments) - {*CONSENTS, *VETOES, *LIMITS}
-        assert not unknown, unknown
+        if unknown:
+            raise InvalidInputError(
+                f"expected options among {', '.join((*CONSENTS, *LIMITS))}, got {', '.join(unknown)}"
+            )
         self._model = model
         self._loss = loss
         self._defence = defence

@@ -13,10 +13,11 @@ from flwr.app import Array, ArrayRecord
 from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
-from fl_privacy.audit import AuditSettings, Policy
+from fl_privacy.audit import AuditSettings, Policy, Status
 from fl_privacy.errors import InvalidInputError
-from fl_privacy.flower import InversionAuditMod
+from fl_privacy.flower import InversionAuditMod, record_batches
 from fl_privacy.flower.advice import ADVICE_KEY, Advice
+from fl_privacy.flower.records import REPORT_KEY
 from fl_privacy.strategies import InversionAudit
 
 from .cases import LocalGrid, audited_app, change_of, new_app, new_context, new_model, report_of, train_message
@@ -123,15 +124,18 @@ def test_noise_of_the_same_power_that_a_client_adds_itself_is_counted():
     half, enough = with_noise(0.6), with_noise(1.1)
     doubtful = with_noise(1.1, verified=False)
     uneven = with_noise(1.1, even_noise=False)
-    ours = with_noise(1.1, applied_noise_std=1.1 * required)
-    assert policy.noise_std(bare) == pytest.approx(required)
-    assert policy.noise_std(half) == pytest.approx(0.8 * required)
-    assert policy.noise_std(uneven) == pytest.approx(required)
-    assert policy.noise_std(enough) == 0
-    assert policy.noise_std(doubtful) == pytest.approx(required)
-    assert policy.noise_std(ours) == pytest.approx(required)
-    assert dataclasses.replace(policy, shares=9).noise_std(bare) == pytest.approx(3 * required)
-    assert dataclasses.replace(policy, action="perturb", margin=2.0).noise_std(bare) == pytest.approx(required)
+
+    def missing(row, policy=policy):
+        return policy.missing_noise_std(required, policy.own_noise_std(row))
+
+    assert missing(bare) == pytest.approx(required)
+    assert missing(half) == pytest.approx(0.8 * required)
+    assert missing(uneven) == pytest.approx(required)
+    assert missing(enough) == 0
+    assert missing(doubtful) == pytest.approx(required)
+    assert missing(bare, dataclasses.replace(policy, shares=9)) == pytest.approx(3 * required)
+    assert missing(half, dataclasses.replace(policy, margin=2.0)) == pytest.approx(math.sqrt(4 - 0.3**2) * required)
+    assert missing(half, dataclasses.replace(policy, action="perturb", margin=2.0)) == pytest.approx(0.8 * required)
 
 
 def test_the_server_perturbs_by_the_noise_it_claims_before_the_inner_strategy_aggregates():
@@ -332,3 +336,91 @@ def test_an_audited_round_can_be_examined_with_its_batches_and_what_that_raises_
         assert audited.tasks[0].inputs.shape == (4, 1, 4, 4)
         assert audited.context.settings.prior_std == 1.0
         assert set(audited.params) == set(new_model().state_dict())
+
+
+def clipping(message, context, call_next):
+    """Scales every update to a norm of 0.05, as a client that clips does, and adds noise of its own."""
+    initial = {name: array.numpy() for name, array in message.content["arrays"].items()}
+    reply = call_next(message, context)
+    change = {n: a.numpy() - initial[n] for n, a in reply.content["arrays"].items()}
+    factor = min(1.0, 0.05 / np.linalg.norm(flat(change)))
+    noise = np.random.default_rng(context.node_id)
+    shared = {n: initial[n] + factor * c + 0.002 * noise.standard_normal(c.shape) for n, c in change.items()}
+    reply.content["arrays"] = ArrayRecord({n: Array(a.astype(np.float32)) for n, a in shared.items()})
+    return reply
+
+
+def test_advice_is_not_withdrawn_because_a_clipping_client_s_own_noise_grows_with_it():
+    strategy = audit("advise")
+    run(strategy, {10: audited_app(clipping)}, rounds=5)
+    advised = [rows(strategy, r)[10].advised_noise_std for r in range(2, 6)]
+    assert all(std is not None for std in advised)
+    assert advised == sorted(advised)  # what was needed once stays asked for
+
+
+@pytest.mark.parametrize("action", ["report", "advise", "perturb", "exclude"])
+@pytest.mark.parametrize("told", [-1.0, 1e200])
+def test_a_client_that_reports_impossible_noise_is_a_row_and_not_the_end(action, told, monkeypatch):
+    def lying(message, context, call_next):
+        reply = call_next(message, context)
+        head = json.loads(reply.content[REPORT_KEY]["head"])
+        reply.content[REPORT_KEY]["head"] = json.dumps({**head, "applied_noise_std": told})
+        return reply
+
+    strategy = audit(action)
+    run(strategy, {10: audited_app(lying), 20: audited_app()}, rounds=2)
+    assert rows(strategy, 2)[10].status is Status.INVALID_REPORT
+    assert "applied_noise_std" in rows(strategy, 2)[10].detail
+    assert rows(strategy, 2)[20].status is Status.AUDITED
+
+
+def test_noise_that_would_drown_an_update_leaves_it_out():
+    strategy = audit(Policy(action="perturb", shares=10**12))
+    run(strategy, {10: audited_app()})
+    row = rows(strategy, 1)[10]
+    assert row.action == "excluded"
+    assert "would drown it" in row.detail
+    assert strategy.strategy.given == [{}]
+
+
+def test_what_was_not_reproduced_is_perturbed_and_not_said_to_meet_its_target():
+    def adam(model, batches):
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        for inputs, labels in record_batches(batches):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(inputs), labels).backward()
+            optimizer.step()
+
+    strategy = audit("perturb")
+    run(strategy, {10: audited_app(train=adam)})
+    row = rows(strategy, 1)[10]
+    assert row.status is Status.UNVERIFIED
+    assert row.action == "perturbed"
+    assert row.passed_leakage == row.leakage.upper
+    assert "not reproduced" in row.detail
+
+
+@pytest.mark.parametrize("action", ["perturb", "exclude"])
+def test_refusing_is_no_way_round_a_policy(action):
+    silent = new_app(InversionAuditMod(hand_over_batches=False))
+    strategy = audit(action)
+    run(strategy, {10: silent})
+    assert rows(strategy, 1)[10].action == "excluded"
+    lenient = audit(action, on_audit_failure="continue")
+    run(lenient, {10: silent})
+    assert rows(lenient, 1)[10].action == "passed"
+
+
+def test_a_client_cannot_take_another_s_name_for_its_target():
+    def impostor(message, context, call_next):
+        reply = call_next(message, context)
+        head = json.loads(reply.content[REPORT_KEY]["head"])
+        if message.content["config"]["server-round"] == 2:
+            reply.content[REPORT_KEY]["head"] = json.dumps({**head, "client": "10"})
+        return reply
+
+    strategy = audit(Policy(action="perturb", targets={"10": 0.9}))
+    run(strategy, {10: audited_app(), 20: audited_app(impostor)}, rounds=2)
+    assert rows(strategy, 2)[10].target_leakage == 0.9
+    assert rows(strategy, 2)[20].target_leakage == TARGET
+    assert rows(strategy, 2)[20].client == "20"

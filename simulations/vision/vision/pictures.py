@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from logging import INFO
 from pathlib import Path
 
@@ -48,6 +49,7 @@ class WorstClientPicture:
             prior=self._prior,
             shared={name or "as shared": task.shared},
         )
-        path = self._folder / f"client-{self._worst}-round-{audited.server_round}.png"
+        safe = re.sub(r"[^0-9A-Za-z-]", "_", self._worst)[:40]  # the client chose its name
+        path = self._folder / f"client-{safe}-round-{audited.server_round}.png"
         draw_picture(picture, path, title=f"What an attacker rebuilds of client {self._worst}", bounds=(0.0, 1.0))
         log(INFO, "Picture of what an attacker rebuilds of client %s: %s", self._worst, path)

@@ -1,0 +1,134 @@
+"""A policy at work: what it advises each client, and what it does to each update that arrived."""
+
+from __future__ import annotations
+
+import math
+import traceback
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+from logging import WARNING
+
+import numpy as np
+from flwr.app import Message
+from flwr.supercore import log
+
+from fl_privacy.audit.estimate import LeakageEstimate
+from fl_privacy.audit.policy import Policy
+from fl_privacy.audit.wording import joined
+from fl_privacy.flower.advice import Advice, noisy
+from fl_privacy.strategies.replies import Reading
+
+_MOST_NOISE = 1e3
+"""Norm of noise over that of the update beyond which an update is left out rather than drowned."""
+
+
+class PolicyActions:
+    """Applies a policy to the clients of a run, and remembers what they are advised.
+
+    Args:
+        policy: What is to follow.
+        target_leakage: Of the clients that the policy gives no target of their own.
+        parameters: Names of the trained parameters.
+    """
+
+    def __init__(self, policy: Policy, *, target_leakage: float, parameters: Sequence[str]) -> None:
+        self.policy = policy
+        self._target_leakage = target_leakage
+        self._parameters = tuple(parameters)
+        self._advice: dict[int, Advice] = {}
+        self._required: dict[int, float] = {}
+        self._own: dict[int, float] = {}
+
+    def target_of(self, client: str) -> float:
+        """Returns the leakage that a client is to be brought down to."""
+        return self.policy.targets.get(client, self._target_leakage)
+
+    def advice_for(self, node_id: int) -> Advice | None:
+        """Returns what a client is to be told with the next message; `None` if nothing."""
+        return self._advice.get(node_id)
+
+    def apply(self, reading: Reading) -> LeakageEstimate:
+        """Returns a client's row with what was done; its update may be changed by then.
+
+        An update to which the policy cannot be applied is left out, and the row says why: it must not end the round.
+        """
+        try:
+            return self._apply(reading)
+        except Exception as error:
+            log(WARNING, "the policy could not be applied to client %s:\n%s", reading.node_id, traceback.format_exc())
+            detail = joined(reading.row.detail, f"the policy could not be applied: {error}")
+            return replace(reading.row, action="excluded", passed_leakage=None, detail=detail)
+
+    def _apply(self, reading: Reading) -> LeakageEstimate:
+        row = replace(reading.row, passed_leakage=None if reading.row.leakage is None else reading.row.leakage.upper)
+        if reading.aggregate or reading.reply is None:
+            return row
+        if self.policy.excludes(row):
+            return self._left_out(row, "leaks above the limit")
+        if self.policy.action == "advise":
+            return self._advise(reading.node_id, row)
+        if self.policy.action == "perturb":
+            return self._perturb(reading.reply, row)
+        return row
+
+    def _advise(self, node_id: int, row: LeakageEstimate) -> LeakageEstimate:
+        """Keeps the advice for the client's next round; of a row without an estimate, the last one stands.
+
+        Examples and training differ from round to round, so the largest noise that any round needed counts, and the
+        least noise of its own that a client showed. Its own is measured only while there is none of ours: a client that
+        clips clips harder then, and its noise looks larger than it is.
+        """
+        if node_id in self._advice and row.applied_noise_std is None and row.status.has_estimate:
+            row = replace(row, detail=joined(row.detail, "the client did not put the advised noise on its update"))
+        if row.required_noise_std is None or row.target_leakage is None or not math.isfinite(row.required_noise_std):
+            return row
+        self._required[node_id] = max(self._required.get(node_id, 0.0), row.required_noise_std)
+        if row.applied_noise_std is None:
+            self._own[node_id] = min(self._own.get(node_id, math.inf), self.policy.own_noise_std(row))
+        std = self.policy.missing_noise_std(self._required[node_id], self._own.get(node_id, 0.0))
+        if self.policy.dry_run:
+            return _not_done(row, f"noise of {std:.3g} would be advised") if std > 0 else row
+        self._advice.pop(node_id, None)
+        if std > 0:
+            self._advice[node_id] = Advice(
+                noise_std=std, target_leakage=row.target_leakage, parameters=self._parameters
+            )
+        return row
+
+    def _perturb(self, reply: Message, row: LeakageEstimate) -> LeakageEstimate:
+        """Puts noise on an update that arrived, in its own scale: an attacker divides out what clipping multiplied."""
+        required, target = row.required_noise_std, row.target_leakage
+        if row.leakage is None or required is None or target is None:
+            return row
+        if not math.isfinite(required):
+            return self._left_out(row, "no noise is known to bring it to its target")
+        std = self.policy.missing_noise_std(required, self.policy.own_noise_std(row))
+        if std == 0:
+            return row
+        # Pruning leaves entries as they are, and shrinks only the projection that the scale is read from.
+        scale = row.scale if row.scale is not None and row.even_noise is not False else 1.0
+        size = std * scale * math.sqrt(row.update_dim or 0)
+        if size > _MOST_NOISE * (row.update_norm or math.inf) * scale:
+            return self._left_out(row, f"noise of {std:.3g} per parameter would drown it")
+        if self.policy.dry_run:
+            return _not_done(row, f"noise of {std:.3g} would be put on it")
+        seed = None
+        if self.policy.seed is not None:
+            seed = [self.policy.seed, row.server_round, zlib.crc32(row.client.encode())]
+        ((key, arrays),) = reply.content.array_records.items()
+        reply.content[key] = noisy(arrays, self._parameters, std * scale, np.random.default_rng(seed))
+        passed, detail = min(row.leakage.upper, target), row.detail
+        if not row.verified:
+            passed = row.leakage.upper
+            detail = joined(detail, "its training was not reproduced, so whether the noise suffices is not known")
+        return replace(row, action="perturbed", applied_noise_std=std, passed_leakage=passed, detail=detail)
+
+    def _left_out(self, row: LeakageEstimate, reason: str) -> LeakageEstimate:
+        if self.policy.dry_run:
+            return _not_done(row, f"the update would be left out: {reason}")
+        return replace(row, action="excluded", passed_leakage=None, detail=joined(row.detail, reason))
+
+
+def _not_done(row: LeakageEstimate, what: str) -> LeakageEstimate:
+    return replace(row, detail=joined(row.detail, f"dry run: {what}"))
