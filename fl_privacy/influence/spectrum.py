@@ -139,10 +139,10 @@ class Spectrum:
         Raises:
             InvalidInputError: A target is not strictly between 0 and 1.
         """
-        target = self._per_unit(target_leakage, "target_leakage")
-        if not ((target > 0) & (target < 1)).all():
+        given = torch.as_tensor(target_leakage, dtype=torch.float64)
+        if not ((given > 0) & (given < 1)).all():
             raise InvalidInputError(f"expected target_leakage strictly between 0 and 1, got {target_leakage}")
-        return target
+        return self._per_unit(target_leakage, "target_leakage")
 
     def meets(self, target: Tensor) -> Tensor:
         """Returns whether the undefended update leaks no more than a target `[U]` already, `[U]`."""
