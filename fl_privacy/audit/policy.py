@@ -30,8 +30,7 @@ class Policy:
         targets: Leakage that a client is to be brought down to, by its name; the others' is the audit's
             `target_leakage`.
         limit: Leakage above which `exclude` leaves a client out, on the upper end of its interval. `None`: its target.
-        margin: Factor on the noise that is advised, and divisor of a client's own: both were measured a round before
-            they are relied on, and training goes on.
+        margin: Factor on the noise that is advised: it was measured a round before it is used, and training goes on.
         shares: T, the number of shares of one example that must meet the target together.
         dry_run: Rows say what would be done, and nothing is.
         seed: Of the noise that the server adds. `None`, from the operating system, but for repeatable simulations:
@@ -90,13 +89,13 @@ class Policy:
 
         With σ_r what the target requires and σ_o the client's own noise, in units of the undefended update, it is
 
-            √(T·(m·σ_r)² − (σ_o/m)²), m the margin for advice, which a later round uses, and 1 otherwise,
+            √(T·(m·σ_r)² − σ_o²), m the margin for advice, which a later round uses, and 1 otherwise,
 
         or 0 where the client's own noise suffices.
         """
         margin = self.margin if self.action == "advise" else 1.0
-        wanted, there = math.sqrt(self.shares) * margin * required, own / margin
-        return math.sqrt((wanted - there) * (wanted + there)) if wanted > there else 0.0
+        wanted = math.sqrt(self.shares) * margin * required
+        return math.sqrt((wanted - own) * (wanted + own)) if wanted > own else 0.0
 
     def excludes(self, row: LeakageEstimate) -> bool:
         """Returns whether the client's update is to be left out."""

@@ -134,7 +134,7 @@ def test_noise_of_the_same_power_that_a_client_adds_itself_is_counted():
     assert missing(enough) == 0
     assert missing(doubtful) == pytest.approx(required)
     assert missing(bare, dataclasses.replace(policy, shares=9)) == pytest.approx(3 * required)
-    assert missing(half, dataclasses.replace(policy, margin=2.0)) == pytest.approx(math.sqrt(4 - 0.3**2) * required)
+    assert missing(half, dataclasses.replace(policy, margin=2.0)) == pytest.approx(math.sqrt(4 - 0.6**2) * required)
     assert missing(half, dataclasses.replace(policy, action="perturb", margin=2.0)) == pytest.approx(0.8 * required)
 
 
