@@ -332,9 +332,6 @@ class InversionAudit(Strategy):
         if traces is None:
             return row
         said = {"its claim": reading.claim, "what is expected of every client": self.expected_defence}
-        if row.applied_noise_std and row.scale is not None and not traces.sparsity:
-            # It was put on before whatever clipped the update; what is pruned afterwards cannot be compared.
-            said["the noise it says it put on"] = Defence(kind="advised", noise_std=row.applied_noise_std * row.scale)
         found = {name: traces.shortfall(defence) for name, defence in said.items() if defence is not None}
         wrong = "; ".join(f"less than {name}: {shortfall}" for name, shortfall in found.items() if shortfall)
         return replace(
