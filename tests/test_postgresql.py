@@ -10,12 +10,15 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from fl_privacy.audit import LeakageEstimate, Ledger, Status
+from fl_privacy.errors import LedgerError
 
 psycopg = pytest.importorskip("psycopg", reason="the driver is not installed: pip install 'fl-privacy[postgresql]'")
 
@@ -166,6 +169,33 @@ def test_eight_writers_at_once_lose_nothing_and_leave_one_chain(url):
         ]
     runs = {entry.run_id for entry in entries[: WRITERS * ROWS * 2]}
     assert len(runs) > 1, "the writers took turns"
+
+
+def test_a_ledger_that_many_create_at_once_is_whole_for_each_of_them(server):
+    for attempt in range(8):  # each opens a window of about a millisecond in which a half of the ledger can be seen
+        name = f"created_{attempt}"
+        with psycopg.connect(server.replace("+psycopg", "") + "/postgres", autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {name}")
+        together = threading.Barrier(WRITERS)
+
+        def create(index, url=f"{server}/{name}", together=together):
+            together.wait(30)
+            with Ledger(url) as ledger:
+                ledger.append([row(f"c{index}")], run_id="r")
+
+        with ThreadPoolExecutor(WRITERS) as threads:
+            list(threads.map(create, range(WRITERS)))
+        with Ledger.open(f"{server}/{name}") as ledger:
+            assert ledger.verify().ok
+            assert len(list(ledger.rows())) == WRITERS
+
+
+def test_a_ledger_without_one_of_its_tables_is_damaged(url):
+    Ledger(url).close()
+    with psycopg.connect(url.replace("+psycopg", "")) as connection:
+        connection.execute("DROP TABLE fl_privacy_ledger")
+    with pytest.raises(LedgerError, match="damaged ledger: table fl_privacy_ledger is missing"):
+        Ledger(url)
 
 
 def test_a_writer_that_is_killed_leaves_whole_rounds_and_the_others_go_on(url):

@@ -6,6 +6,7 @@ Beside the estimates, the rows of its clients, a round may have entries with its
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from fl_privacy.errors import LedgerError
 
 _PAGE = 500
 """Rows read per transaction: reading holds no lock between pages, however slowly its caller takes the rows."""
+
+_SECOND_LOOKS = (0.0, 0.1, 1.0)
+"""Seconds before each new look at a ledger that another process may be creating (a SQLite file's lock rules it out)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,19 +277,28 @@ class Ledger:
         self._engine = create_database_engine(located, read_only=read_only)
 
     def _create(self) -> None:
-        """Creates tables and head record unless they are there; another process may be doing the same."""
+        """Creates tables and head record unless they are there; another process may be doing the same.
+
+        It may finish between two looks of ours at the catalogue, so that a part of the ledger seems to be missing, or
+        before our own creation, which then fails: either way, what counts is what is there a moment later.
+        """
         try:
             with self._transaction(write=True) as connection:
-                if self._is_ready(connection):
-                    return
-                METADATA.create_all(connection)
-                connection.execute(insert(HEAD).values(id=1, sequence=0, hash=GENESIS))
-        except LedgerError as error:
-            if not isinstance(error.__cause__, DatabaseError):
-                raise
-            with self._transaction() as connection:
                 if not self._is_ready(connection):
-                    raise
+                    METADATA.create_all(connection)
+                    connection.execute(insert(HEAD).values(id=1, sequence=0, hash=GENESIS))
+        except LedgerError:
+            delays = _SECOND_LOOKS[:1] if self._engine.url.get_backend_name() == "sqlite" else _SECOND_LOOKS
+            if not any(self._is_ready_after(delay) for delay in delays):
+                raise
+
+    def _is_ready_after(self, delay: float) -> bool:
+        time.sleep(delay)
+        try:
+            with self._transaction() as connection:
+                return self._is_ready(connection)
+        except LedgerError:
+            return False
 
     def _is_ready(self, connection: Connection) -> bool:
         """Returns whether the ledger is there; raises if something else, or only a part of it, is."""
