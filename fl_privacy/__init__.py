@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fl_privacy.influence.i2f import Influence, influence, influence_lower_bound
     from fl_privacy.influence.jacobian import UpdateJacobian
     from fl_privacy.influence.operators import GramSum, MeanGram
+    from fl_privacy.influence.prior import GaussianPrior
     from fl_privacy.influence.recommendation import NoiseRecommendation, recommend_noise
     from fl_privacy.influence.sampling import InputNoise, draw_input_noise, sample_input_noise
     from fl_privacy.influence.spectrum import Spectrum, estimate_spectrum
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "GaussianPrior",
     "GradientUpdate",
     "GramSum",
     "Influence",
@@ -49,6 +51,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "GaussianPrior": "fl_privacy.influence.prior",
     "GradientUpdate": "fl_privacy.influence.update",
     "GramSum": "fl_privacy.influence.operators",
     "Influence": "fl_privacy.influence.i2f",

@@ -1,7 +1,7 @@
 """Reconstruction attacks: what can really be rebuilt from an update, to hold predictions against."""
 
 from fl_privacy.attacks.analytic import LeakedExamples, LinearLayerLeak, leaked_examples
-from fl_privacy.attacks.attack import ATTACKS, Attack
+from fl_privacy.attacks.attack import ATTACKS, Attack, WithWhitePrior
 from fl_privacy.attacks.denoising import InputDenoising
 from fl_privacy.attacks.distances import cosine_distance, relative_squared_distance, total_variation
 from fl_privacy.attacks.gauss_newton import GaussNewton
@@ -12,9 +12,10 @@ from fl_privacy.attacks.labels import labelled, recover_label_counts, recover_la
 from fl_privacy.attacks.metrics import aligned, psnr, rmse, ssim
 from fl_privacy.attacks.noise import IndependentNoise, IsotropicNoise, Noise
 from fl_privacy.attacks.optimizers import LBFGS, Adam
-from fl_privacy.attacks.prior import GaussianPrior
 from fl_privacy.attacks.problem import AttackProblem, KnownBatch
 from fl_privacy.attacks.result import Reconstruction, StopReason, best_of
+from fl_privacy.attacks.reweighting import LeastPowers
+from fl_privacy.influence.prior import GaussianPrior
 
 __all__ = [
     "ATTACKS",
@@ -33,10 +34,12 @@ __all__ = [
     "JointInversion",
     "KnownBatch",
     "LeakedExamples",
+    "LeastPowers",
     "LinearLayerLeak",
     "Noise",
     "Reconstruction",
     "StopReason",
+    "WithWhitePrior",
     "aligned",
     "best_of",
     "cosine_distance",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Protocol
 
@@ -21,9 +22,25 @@ class Attack(Protocol):
         """Returns the inputs rebuilt for every unit, with how it went."""
 
 
+@dataclass(frozen=True)
+class WithWhitePrior:
+    """An attack by one who does not know how the inputs' elements vary together.
+
+    Attributes:
+        attack: That he runs.
+    """
+
+    attack: Attack
+
+    def run(self, problem: AttackProblem) -> Reconstruction:
+        """Returns what is rebuilt under the white prior of the same mean and standard deviation."""
+        return self.attack.run(replace(problem, prior=problem.prior.white))
+
+
 ATTACKS: Mapping[str, Callable[[], Attack]] = MappingProxyType(
     {
         "gauss-newton": GaussNewton,
+        "gauss-newton-white": lambda: WithWhitePrior(GaussNewton()),
         "dgl": deep_leakage,
         "dgl-adam": lambda: deep_leakage(optimizer=Adam()),
         "inverting-gradients": inverting_gradients,

@@ -45,7 +45,13 @@ class InputDenoising:
             )
 
     def run(self, problem: AttackProblem) -> Reconstruction:
-        """Returns the posterior mean of x; objective, misfit and stop reasons are those of the search for x + a."""
+        """Returns the posterior mean of x; objective, misfit and stop reasons are those of the search for x + a.
+
+        Raises:
+            InvalidInputError: The problem's prior is not white, or from the attack.
+        """
+        if problem.prior.covariance is not None:
+            raise InvalidInputError("expected a white prior: pass problem.prior.white")
         noisy = self.attack.run(problem)
         deviation = problem.prior.deviation(noisy.inputs.flatten(1))
         x = problem.start() + self.prior_std**2 * self._solve(deviation)

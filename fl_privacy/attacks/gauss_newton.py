@@ -29,11 +29,12 @@ _IDLE_STEPS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class GaussNewton:
-    """Levenberg–Marquardt on −2 log p(x | shared) = rᵀC⁻¹r + ‖x − μ‖²/τ², r = u(x) − shared.
+    """Levenberg–Marquardt on −2 log p(x | shared) = rᵀC⁻¹r + ‖y‖²/τ², r = u(x) − shared, x = μ + K·y.
 
-    A step p from x solves, by Lanczos iteration on products with M = JᵀC⁻¹J,
+    y are the coordinates in which the problem's prior N(μ, τ²KKᵀ) is white. A step p from y solves, by Lanczos
+    iteration on products with M = KᵀJᵀC⁻¹JK,
 
-        (M + (ρ + η)I) p = −JᵀC⁻¹r − ρ(x − μ),
+        (M + (ρ + η)I) p = −KᵀJᵀC⁻¹r − ρy,
 
     with ρ = 1/τ² at last. It begins with a ρ near λ_max(M), where noise drowns all but a few directions and the
     problem is nearly linear, and lowers it by stages (continuation in σ). The damping η is zero until a step fails,
@@ -56,7 +57,7 @@ class GaussNewton:
             attack the network as it is. Networks without them are not concerned.
         num_starts: 1: the prior mean. Each more: a draw of the prior. The most probable result is kept.
         hops: Most restarts from the best point, for units that have not converged or are not explained.
-        hop_std: Standard deviation of a hop per input element, relative to τ.
+        hop_std: Standard deviation of a hop per coordinate, relative to τ.
         seed: Of all that is drawn.
 
     Raises:
@@ -127,7 +128,8 @@ class GaussNewton:
         """Returns the best of what there is and of a search that begins beside it, for `units`."""
         chosen = problem.select(units)
         noise = torch.randn(len(units), problem.input_dim, generator=generator, dtype=torch.float64)
-        start = best.inputs[units].flatten(1) + self.hop_std * problem.prior.std * noise.to(problem.shared)
+        hop = problem.prior.root(noise.to(problem.shared))
+        start = best.inputs[units].flatten(1) + self.hop_std * problem.prior.std * hop
         return best.improved(units, _Descent(self, chosen, start, continuation=False).run())
 
 
@@ -149,7 +151,7 @@ class _Descent:
         self.stop: list[StopReason | None] = [None] * problem.num_units
         jacobian = problem.jacobian(x)
         self.residual = jacobian.update() - problem.shared
-        operator = WhitenedJacobian(jacobian, problem.noise)
+        operator = WhitenedJacobian(jacobian, problem.noise, problem.prior)
         generator = torch.Generator().manual_seed(config.seed)
         random = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
         self.largest = operator.largest(random)
@@ -175,9 +177,9 @@ class _Descent:
         """Linearises at the present points of `units`, and takes the first damped step that lowers the objective."""
         problem, config = self.problem.select(units), self.config
         x, residual, ridge = self.x[units], self.residual[units], self.ridge[units]
-        operator = WhitenedJacobian(problem.jacobian(x), problem.noise)
-        pull = operator.jacobian.vjp(problem.noise.precision(residual))
-        target = -pull - ridge[:, None].to(x) * problem.prior.deviation(x)
+        operator = WhitenedJacobian(problem.jacobian(x), problem.noise, problem.prior)
+        pull = problem.prior.root_transpose(operator.jacobian.vjp(problem.noise.precision(residual)))
+        target = -pull - ridge[:, None].to(x) * problem.prior.coordinates(x)
         allowed = config.tolerance * problem.input_dim
         steps = GaussNewtonSteps(
             operator,
@@ -209,7 +211,7 @@ class _Descent:
     ) -> tuple[Tensor, Tensor]:
         """Returns which of `units` moved, and by how much that lowered their objectives."""
         x, ridge = self.x[units], self.ridge[units]
-        before = problem.noise.energy(self.residual[units]).double() + ridge * self._squared_deviation(x)
+        before = problem.noise.energy(self.residual[units]).double() + ridge * self._squared_coordinates(x)
         pending = ~steps.failed
         moved = torch.zeros_like(pending)
         decrease = torch.zeros_like(before)
@@ -218,16 +220,17 @@ class _Descent:
                 break
             damping = self.damping[units]
             step = steps.step(ridge + damping)
+            moves = problem.prior.root(step)
             # The decrease that the linearisation promises: 2bᵀp − pᵀ(M + ρ)p = bᵀp + η‖p‖² for the solution p.
             promised = _dot(target, step) + damping * _dot(step, step)
             chosen = pending.nonzero().squeeze(1)
-            trial = x[chosen] + step[chosen]
+            trial = x[chosen] + moves[chosen]
             finite = torch.isfinite(trial).all(-1)
             trial = torch.where(finite[:, None], trial, x[chosen])
             residual = problem.select(chosen).residual(trial)
             self.products[units[chosen]] += 1
             energy = problem.noise.select(chosen).energy(residual).double()
-            after = energy + ridge[chosen] * self._squared_deviation(trial)
+            after = energy + ridge[chosen] * self._squared_coordinates(trial)
             gain = (before[chosen] - after) / promised[chosen]
             better = finite & (gain > 1e-3)
             self._accept(units[chosen[better]], trial[better], residual[better], gain[better])
@@ -244,8 +247,8 @@ class _Descent:
         damping = torch.where(gain > 0.75, damping / 10, torch.where(gain < 0.25, 4 * damping, damping))
         self.damping[units] = torch.where(damping < self.ridge[units], 0.0, damping)
 
-    def _squared_deviation(self, x: Tensor) -> Tensor:
-        return self.problem.prior.deviation(x).double().square().sum(-1)
+    def _squared_coordinates(self, x: Tensor) -> Tensor:
+        return self.problem.prior.coordinates(x).double().square().sum(-1)
 
     def _objective(self, units: Tensor) -> Tensor:
         energy = self.problem.noise.select(units).energy(self.residual[units])

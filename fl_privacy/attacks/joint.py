@@ -72,6 +72,8 @@ class JointInversion:
         problem = labelled(problem)
         if not isinstance(problem.update, GradientUpdate) or problem.known is not None:
             raise InvalidInputError("expected gradients of batches that are private as a whole")
+        if problem.prior.covariance is not None:
+            raise InvalidInputError("expected a white prior: pass problem.prior.white")
         if problem.input_dim != len(self.root):
             raise InvalidInputError(f"expected a root [{problem.input_dim}, {problem.input_dim}], got {len(self.root)}")
         generator = torch.Generator().manual_seed(self.seed)

@@ -9,9 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fl_privacy.attacks.attack import Attack
 from fl_privacy.attacks.noise import IndependentNoise, IsotropicNoise, Noise
+from fl_privacy.attacks.reweighting import LeastPowers
 from fl_privacy.errors import InvalidInputError
 
+_ROUNDING_POWER = 8
+"""p of the attack on rounding errors: its error is √(3/(2p − 1)) of that of least squares, 0.45."""
 PRECISION = 1e-6
 """Share of its root mean square to which an update is known that was shared as it is, in float32."""
 
@@ -25,7 +29,18 @@ class Mechanism(ABC):
 
     @abstractmethod
     def noise(self, shared: Tensor) -> Noise:
-        """Returns what an attacker believes of shared − u(x), who sees `shared` `[U, P]` and knows the mechanism."""
+        """Returns what an attacker believes of shared − u(x), who sees `shared` `[U, P]` and knows the mechanism.
+
+        By its power: the weights of least squares.
+        """
+
+    def equivalent(self, shared: Tensor) -> Noise:
+        """Returns the Gaussian noise that would leave as much to whoever uses the shape of this mechanism's, too."""
+        return self.noise(shared)
+
+    def attack(self, shared: Tensor, least_squares: Attack) -> Attack:
+        """Returns the attack that uses that shape, made of one for Gaussian noise; `shared` is of one unit."""
+        return least_squares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +87,17 @@ class AddedNoise(Mechanism):
 
     def noise(self, shared: Tensor) -> Noise:
         """Returns Gaussian noise of the same power."""
-        return IsotropicNoise(torch.full((len(shared),), self.std, dtype=torch.float64, device=shared.device))
+        return _isotropic(shared, self.std)
+
+    def equivalent(self, shared: Tensor) -> Noise:
+        """Returns noise of the same Fisher information, 1/σ² for Gaussian noise and 2/σ² for Laplace's."""
+        return _isotropic(shared, self.std / math.sqrt(2) if self.laplace else self.std)
+
+    def attack(self, shared: Tensor, least_squares: Attack) -> Attack:
+        """Returns least absolute deviations against Laplace's noise."""
+        if not self.laplace:
+            return least_squares
+        return LeastPowers(attack=least_squares, power=1, scale=self.std / math.sqrt(2))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +164,19 @@ class UniformQuantization(Mechanism):
         """Returns the errors of rounding to a known step, of standard deviation step/√12."""
         return IsotropicNoise((self._step(shared) / math.sqrt(12)).squeeze(-1).double())
 
+    def equivalent(self, shared: Tensor) -> Noise:
+        """Returns the noise that the attack by least eighth powers leaves, of standard deviation step/(2√15).
+
+        No bound: errors that end at half a step have no finite Fisher information, and a better attack leaves less.
+        """
+        std = self._step(shared) / 2 / math.sqrt(2 * _ROUNDING_POWER - 1)
+        return IsotropicNoise(std.squeeze(-1).double())
+
+    def attack(self, shared: Tensor, least_squares: Attack) -> Attack:
+        """Returns least eighth powers, with a scale by which they weigh against a prior as `equivalent` says."""
+        half, p = float(self._step(shared)) / 2, _ROUNDING_POWER
+        return LeastPowers(attack=least_squares, power=p, scale=half**p / (2 * p - 1))
+
     def _step(self, like: Tensor) -> Tensor:
         return like.abs().amax(-1, keepdim=True) / (2 ** (self.bits - 1) - 1)
 
@@ -154,6 +192,10 @@ class HalfPrecision(Mechanism):
     def noise(self, shared: Tensor) -> Noise:
         """Returns for each entry the error of rounding in float16: 2⁻¹¹|u|/√3, or 2⁻²⁵/√3 at least."""
         return IndependentNoise((shared.abs() * 2.0**-11).clamp(min=2.0**-25) / math.sqrt(3))
+
+
+def _isotropic(shared: Tensor, std: float) -> IsotropicNoise:
+    return IsotropicNoise(torch.full((len(shared),), std, dtype=torch.float64, device=shared.device))
 
 
 def _rounding(shared: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fl_privacy.attacks.noise import Noise
-from fl_privacy.attacks.prior import GaussianPrior
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.influence.jacobian import UpdateJacobian
+from fl_privacy.influence.prior import GaussianPrior
 from fl_privacy.influence.update import UpdateMap
 
 
@@ -32,9 +32,9 @@ class KnownBatch:
 class AttackProblem:
     """Inputs to be rebuilt from the updates of U units that share one θ, solved side by side.
 
-    The posterior that every attack looks for the mode of, under the prior N(μ, τ²I) and noise N(0, C), is
+    The posterior that every attack looks for the mode of, under the prior N(μ, τ²KKᵀ) and noise N(0, C), is
 
-        −2 log p(x | shared) = (u(x) − shared)ᵀC⁻¹(u(x) − shared) + ‖x − μ‖²/τ² + const.
+        −2 log p(x | shared) = (u(x) − shared)ᵀC⁻¹(u(x) − shared) + ‖K⁻¹(x − μ)‖²/τ² + const.
 
     Nothing in here is known only to the client.
 

@@ -10,14 +10,16 @@ from torch import Tensor
 from fl_privacy.attacks.noise import Noise
 from fl_privacy.influence.jacobian import UpdateJacobian
 from fl_privacy.influence.lanczos import Lanczos
+from fl_privacy.influence.prior import GaussianPrior
 
 
 @dataclass(frozen=True, eq=False)
 class WhitenedJacobian:
-    """C^(−½)J: a Jacobian whose updates are measured in units of their noise, as Lanczos iteration takes it."""
+    """C^(−½)JK: updates in units of their noise by inputs in the coordinates of their prior, for Lanczos iteration."""
 
     jacobian: UpdateJacobian
     noise: Noise
+    prior: GaussianPrior
 
     @property
     def num_units(self) -> int:
@@ -25,12 +27,12 @@ class WhitenedJacobian:
         return self.jacobian.num_units
 
     def gram(self, vectors: Tensor) -> Tensor:
-        """Returns M·v = JᵀC⁻¹J·v `[U, D]`."""
-        return self.noise.gram(self.jacobian, vectors)
+        """Returns M·v = KᵀJᵀC⁻¹JK·v `[U, D]`."""
+        return self.prior.root_transpose(self.noise.gram(self.jacobian, self.prior.root(vectors)))
 
     def select(self, units: Tensor) -> WhitenedJacobian:
         """Returns the operator of the given units."""
-        return WhitenedJacobian(self.jacobian.select(units), self.noise.select(units))
+        return WhitenedJacobian(self.jacobian.select(units), self.noise.select(units), self.prior)
 
     def largest(self, start: Tensor, *, steps: int = 12) -> Tensor:
         """Returns a close lower estimate of λ_max(M) `[U]`, from start vectors `[U, D]`."""
@@ -57,7 +59,7 @@ class Decrement:
 
 
 class GaussNewtonSteps:
-    """Solutions of (M + ρI)p = b, M = JᵀC⁻¹J, for every ρ at least as large as the one that was iterated for.
+    """Solutions of (M + ρI)p = b, M = KᵀJᵀC⁻¹JK, for every ρ at least as large as the one that was iterated for.
 
     Lanczos iteration from b; one Krylov space serves all ρ, so trying another damping takes no product.
 

@@ -32,6 +32,14 @@ def validate(
     attack: Annotated[
         list[str] | None, typer.Option(help="Attack by name; give it several times. Default: gauss-newton.")
     ] = None,
+    attack_steps: Annotated[int, typer.Option(help="Steps of the first-order attacks; 0: as is usual for each.")] = 0,
+    prior: Annotated[
+        str,
+        typer.Option(
+            help="What prediction and attacks know of images. white: mean and spread; images: how pixels vary together."
+        ),
+    ] = "white",
+    public_images: Annotated[int, typer.Option(help="Training images that the prior is made from.")] = 2000,
     num_images: Annotated[int, typer.Option(help="Images of the test set.")] = 50,
     precision: Annotated[
         str, typer.Option(help="float64, or float32: faster, and enough for noise above 1e-3 of the update's size.")
@@ -58,37 +66,43 @@ def validate(
             model=model,
             initialization=initialization,  # type: ignore[arg-type]  # checked when built
             num_images=num_images,
+            attacks=tuple(attack or ["gauss-newton"]),
+            attack_steps=attack_steps,
+            prior=prior,  # type: ignore[arg-type]  # checked when built
+            public_images=public_images,
             precision=precision,  # type: ignore[arg-type]  # checked when built
             images_at_once=images_at_once,
             hops=hops,
             seed=seed,
             **({"noise_stds": tuple(noise)} if noise else {}),  # type: ignore[arg-type]
         )
-        _validate(settings, attack or ["gauss-newton"], output, as_json=as_json)
+        _validate(settings, output, as_json=as_json)
 
 
-def _validate(settings: ValidationSettings, names: list[str], output: Path, *, as_json: bool) -> None:
-    from fl_privacy.attacks import ATTACKS, GaussNewton
+def _validate(settings: ValidationSettings, output: Path, *, as_json: bool) -> None:
     from fl_privacy.studies.settings import claim_folder
-    from fl_privacy.validation import run_validation, summarize
+    from fl_privacy.validation import attacks_of, run_validation, summarize, summarize_attacks
     from fl_privacy.validation.figure import draw_agreement
+    from fl_privacy.validation.summary import inapplicable
 
-    unknown = [name for name in names if name not in ATTACKS]
-    if unknown:
-        raise ValueError(f"expected attacks among {', '.join(ATTACKS)}, got {', '.join(unknown)}")
-    made = {name: ATTACKS[name]() for name in names if name != "gauss-newton"}
-    attacks = {"gauss-newton": GaussNewton(hops=settings.hops), **made} if "gauss-newton" in names else made
     claim_folder(output, "validate", settings)
     with progress_bar("attacking") as progress:
-        rows = run_validation(settings, attacks, output / "results.csv", progress=progress)
+        rows = run_validation(settings, attacks_of(settings), output / "results.csv", progress=progress)
     console = result_console()
     overall, levels = summarize(rows)
+    attacks, unable = summarize_attacks(rows), inapplicable(rows)
     title = f"{settings.model} on {settings.dataset}: reached error over predicted error"
     draw_agreement(rows, output / "agreement.png", title=f"{settings.model}, {settings.dataset}")
     if as_json:
-        typer.echo(json.dumps({"output": str(output), "overall": _plain(overall), "levels": _levels(levels)}))
+        found = {"overall": _plain(overall), "levels": _levels(levels), "inapplicable": unable}
+        by_attack = {name: _plain(agreement) for name, agreement in attacks.items()}
+        typer.echo(json.dumps({"output": str(output), **found, "attacks": by_attack}))
         return
     console.print(_table(title, overall, levels))
+    if len(attacks) > 1:
+        console.print(_attack_table(attacks))
+    for name, reason in unable.items():
+        console.print(f"{name} cannot be run on these gradients: {reason}", markup=False)
     console.print(f"{output / 'results.csv'}, {output / 'agreement.png'}")
 
 
@@ -112,7 +126,7 @@ def _finite(value: Any) -> Any:
 def _table(title: str, overall: Agreement, levels: dict[float, Agreement]) -> Table:
     table = Table(title=title, caption="beaten: an attack is more than 20 % below the prediction's lower end")
     headings = ("noise std", "runs", "Spearman [95 %]", "median ratio", "median |ratio - 1|", "beaten", "failed")
-    for heading in (*headings, "converged"):
+    for heading in (*headings, "converged", "psnr, dB", "ssim"):
         table.add_column(heading, justify="right")
     for name, agreement in [*((f"{level:g}", a) for level, a in levels.items()), ("all", overall)]:
         table.add_row(
@@ -124,6 +138,30 @@ def _table(title: str, overall: Agreement, levels: dict[float, Agreement]) -> Ta
             f"{agreement.beaten:.1%}",
             f"{agreement.failed:.1%}",
             f"{agreement.converged:.1%}",
+            f"{agreement.psnr:.1f}",
+            f"{agreement.ssim:.2f}",
+        )
+    return table
+
+
+def _attack_table(attacks: dict[str, Agreement]) -> Table:
+    caption = "a failed attack shows nothing of what leaks; own: predicted for the very image, not for the prior's mean"
+    table = Table(title="each attack alone", caption=caption)
+    headings = ("attack", "runs", "median error", "median ratio", "beaten", "own ratio", "own beaten", "failed")
+    for heading in (*headings, "psnr, dB", "ssim"):
+        table.add_column(heading, justify="right")
+    for name, agreement in attacks.items():
+        table.add_row(
+            name,
+            str(agreement.runs),
+            f"{agreement.error:.3g}",
+            f"{agreement.median_ratio:.3f}",
+            f"{agreement.beaten:.1%}",
+            f"{agreement.own_ratio:.3f}",
+            f"{agreement.own_beaten:.1%}",
+            f"{agreement.failed:.1%}",
+            f"{agreement.psnr:.1f}",
+            f"{agreement.ssim:.2f}",
         )
     return table
 

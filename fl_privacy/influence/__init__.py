@@ -6,10 +6,13 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from fl_privacy.influence.bias import own_bias
+from fl_privacy.influence.covariance import InputCovariance
 from fl_privacy.influence.directions import ProtectedDirections, protected_directions
 from fl_privacy.influence.i2f import Influence, influence, influence_lower_bound
 from fl_privacy.influence.jacobian import UpdateJacobian
 from fl_privacy.influence.operators import GramSum, InputOperator, MeanGram
+from fl_privacy.influence.prior import GaussianPrior
 from fl_privacy.influence.recommendation import NoiseRecommendation, recommend_noise
 from fl_privacy.influence.sampling import InputNoise, draw_input_noise, sample_input_noise
 from fl_privacy.influence.spectrum import Spectrum, estimate_spectrum
@@ -17,9 +20,11 @@ from fl_privacy.influence.training import LocalTrainingUpdate
 from fl_privacy.influence.update import GradientUpdate, UpdateMap
 
 __all__ = [
+    "GaussianPrior",
     "GradientUpdate",
     "GramSum",
     "Influence",
+    "InputCovariance",
     "InputNoise",
     "InputOperator",
     "LocalTrainingUpdate",
@@ -33,6 +38,7 @@ __all__ = [
     "estimate_spectrum",
     "influence",
     "influence_lower_bound",
+    "own_bias",
     "protected_directions",
     "recommend_noise",
     "sample_input_noise",

@@ -11,6 +11,7 @@ from torch import Tensor
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.influence.jacobian import UpdateJacobian
 from fl_privacy.influence.options import per_unit
+from fl_privacy.influence.prior import GaussianPrior
 
 
 class InputOperator(Protocol):
@@ -110,6 +111,71 @@ class MeanGram:
         fitting = max(1, self._jacobian.memory_budget // (bytes_per_lane * lanes_per_unit))
         for chunk in torch.split(torch.arange(self._units, device=self.device), fitting):
             yield self.select(chunk), chunk
+
+
+class PriorGram:
+    """KᵀGK: what an update tells of the coordinates y in which a prior N(μ, τ²KKᵀ) is white, x = μ + K·y.
+
+    Args:
+        operator: G of U units.
+        prior: Of one example; inputs of several take it example by example.
+
+    Raises:
+        InvalidInputError: The prior is of another example, dtype or device.
+    """
+
+    def __init__(self, operator: InputOperator, prior: GaussianPrior) -> None:
+        found, expected = (prior.mean.dtype, prior.mean.device), (operator.dtype, operator.device)
+        if found != expected or operator.input_dim % prior.mean.numel():
+            raise InvalidInputError(
+                f"expected a prior of {expected[0]} on {expected[1]} for examples that make up {operator.input_dim} "
+                f"elements, got {found[0]} on {found[1]} and {prior.mean.numel()} elements"
+            )
+        self._operator = operator
+        self._prior = prior
+
+    @property
+    def num_units(self) -> int:
+        """U."""
+        return self._operator.num_units
+
+    @property
+    def input_dim(self) -> int:
+        """D."""
+        return self._operator.input_dim
+
+    @property
+    def update_dim(self) -> int:
+        """Of G."""
+        return self._operator.update_dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of every product."""
+        return self._operator.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of every product."""
+        return self._operator.device
+
+    @property
+    def lanes_per_pass(self) -> int:
+        """Of G."""
+        return self._operator.lanes_per_pass
+
+    def gram(self, vectors: Tensor) -> Tensor:
+        """Returns KᵀGK·v `[U, D]` for v `[U, D]`."""
+        return self._prior.root_transpose(self._operator.gram(self._prior.root(vectors)))
+
+    def select(self, units: Tensor) -> PriorGram:
+        """Returns the operator of the given units."""
+        return PriorGram(self._operator.select(units), self._prior)
+
+    def chunks(self, bytes_per_lane: int, *, lanes_per_unit: int = 1) -> Iterator[tuple[PriorGram, Tensor]]:
+        """Yields units that fit into one pass of G."""
+        for chunk, units in self._operator.chunks(bytes_per_lane, lanes_per_unit=lanes_per_unit):
+            yield PriorGram(chunk, self._prior), units
 
 
 class GramSum:

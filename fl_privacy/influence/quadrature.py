@@ -90,11 +90,22 @@ def gauss_radau_rule(lanczos: Lanczos, num_probes: int) -> QuadratureRule:
     return _rule(grown, lanczos.failed, num_probes)
 
 
-def eigenvalue_rule(gram: Tensor) -> QuadratureRule:
-    """Returns the exact rule of dense matrices G `[U, D, D]`: every eigenvalue, with weight 1/D."""
+def eigenvalue_rule(gram: Tensor, shares: Tensor | None = None) -> QuadratureRule:
+    """Returns the exact rule of dense matrices G `[U, D, D]`: every eigenvalue, with weight 1/D.
+
+    Args:
+        gram: Finite, or the unit has failed.
+        shares: Weights `[D]` of the axes, summing to one, of which an eigenvector has its squared components' share.
+            Default: 1/D each.
+    """
     failed = ~torch.isfinite(gram).flatten(1).all(-1)
-    eigenvalues = torch.linalg.eigvalsh(torch.where(failed[:, None, None], 0.0, gram.double()))
-    weights = torch.full_like(eigenvalues, 1.0 / gram.shape[-1])
+    finite = torch.where(failed[:, None, None], 0.0, gram.double())
+    if shares is None:
+        eigenvalues = torch.linalg.eigvalsh(finite)
+        weights = torch.full_like(eigenvalues, 1.0 / gram.shape[-1])
+    else:
+        eigenvalues, vectors = torch.linalg.eigh(finite)
+        weights = torch.einsum("d,udk->uk", shares, vectors.square())
     weights[failed] = torch.nan
     return QuadratureRule(eigenvalues.clamp(min=0.0)[None], weights[None])
 

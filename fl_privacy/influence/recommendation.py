@@ -124,8 +124,13 @@ def recommend_noise(
 
     Raises:
         InvalidInputError: A target outside (0, 1), a prior_std that is not positive, a cap that could not meet the
-            target, or spectra that do not belong together.
+            target, or spectra of a coloured prior or that do not belong together.
     """
+    if spectrum.coloured or (public is not None and public.coloured):
+        raise InvalidInputError(
+            "expected the spectrum of a white prior: noise on the input is shaped in input space; for noise on the "
+            "update ask a coloured spectrum's required_noise_std"
+        )
     target = spectrum.check_target(target_leakage)
     tau = per_unit(prior_std, "prior_std", num_units=spectrum.num_units, device=spectrum.resolution.device)
     if not (tau > 0).all():

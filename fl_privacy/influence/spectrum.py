@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,13 +13,16 @@ from torch import Tensor
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.influence.jacobian import UpdateJacobian
 from fl_privacy.influence.lanczos import Lanczos
-from fl_privacy.influence.operators import InputOperator
+from fl_privacy.influence.operators import InputOperator, PriorGram
 from fl_privacy.influence.options import check_effort, per_unit
+from fl_privacy.influence.prior import GaussianPrior
 from fl_privacy.influence.quadrature import QuadratureRule, eigenvalue_rule, gauss_radau_rule, gauss_rule
 from fl_privacy.interval import Interval
 
 CONFIDENCE = 2.576
 """Half-width of the probes' part of an interval in standard errors: 99 % of a normal distribution."""
+_STEPS_TO_LARGEST = 12
+"""Lanczos steps that find λ_max(G) closely enough to say how far rounding reaches."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,9 +36,14 @@ class Spectrum:
 
     of the private input's variance and misses each element by rmse(σ) = τ·√(1 − leakage(σ)).
 
+    For a prior N(μ, τ²KKᵀ) with a covariance, the spectrum is that of M = KᵀGK, and its directions count by their share
+    of the prior's variance:
+
+        leakage(σ) = 1 − (1/D) tr K ε(M + ε)⁻¹ Kᵀ.
+
     Every interval holds three sources of doubt: the gap between the Gauss and the Gauss–Radau rule, the limited
     precision in which G is known (`resolution`), and, where traces were estimated from probes, 99 % of their sampling
-    error. None exceeds P/D, the share that P numbers can determine.
+    error. None exceeds P/D, the share that P numbers can determine of an input whose prior is white.
 
     Attributes:
         gauss: The rule that bounds leakage from above.
@@ -44,6 +53,7 @@ class Spectrum:
         resolution: Absolute error to which floating point knows the eigenvalues, `[U]`.
         products: Products with G spent on each unit, `[U]`.
         exact: Whether the rules hold every eigenvalue, so that nothing was sampled.
+        coloured: Whether the prior has a covariance.
     """
 
     gauss: QuadratureRule
@@ -53,6 +63,7 @@ class Spectrum:
     resolution: Tensor
     products: Tensor
     exact: bool
+    coloured: bool = False
 
     @property
     def num_units(self) -> int:
@@ -112,7 +123,7 @@ class Spectrum:
         return Interval(*(tau**2 * bound for bound in part))
 
     def effective_dimension(self, noise_std: float | Tensor, prior_std: float | Tensor) -> Interval[Tensor]:
-        """Returns D·leakage, the number of directions of the input that are recovered, each `[U]`."""
+        """Returns D·leakage, each `[U]`: for a white prior the number of directions of the input that are recovered."""
         return Interval(*(self.input_dim * part for part in self.leakage(noise_std, prior_std)))
 
     def required_noise_std(self, target_leakage: float | Tensor, prior_std: float | Tensor) -> Tensor:
@@ -177,9 +188,9 @@ class Spectrum:
         high_values = f((self.radau.nodes - doubt).clamp(min=0.0), eps)
         low = self.gauss.mean(low_values)
         high = torch.maximum(low, self.radau.mean(high_values))  # equal up to rounding, once Lanczos has converged
-        spread = 0.0 if self.exact else CONFIDENCE * self._standard_error(low_values, high_values)
-        # At least D − P eigenvalues are 0, where f is 1.
-        floor = max(0.0, 1.0 - self.update_dim / self.input_dim)
+        spread = self._sampling_error(low_values, high_values)
+        # At least D − P eigenvalues are 0, where f is 1; of how much of a coloured prior they are, nothing is known.
+        floor = 0.0 if self.coloured else max(0.0, 1.0 - self.update_dim / self.input_dim)
         return Interval(*(part.clamp(floor, 1.0) for part in (low - spread, (low + high) / 2, high + spread)))
 
     def mean(self, f: Callable[[Tensor], Tensor]) -> Tensor:
@@ -206,10 +217,23 @@ class Spectrum:
             lower.append(rule.mean_by_probe(low))
             upper.append(rule.mean_by_probe(high))
         value = self.mean(f).clamp(0.0, 1.0)
-        spread = 0.0 if self.exact else CONFIDENCE * self._standard_error(f(self.gauss.nodes), f(self.radau.nodes))
+        spread = self._sampling_error(f(self.gauss.nodes), f(self.radau.nodes))
         least = torch.maximum(*lower).mean(0) - spread
         most = torch.minimum(*upper).mean(0) + spread
         return Interval(torch.minimum(least, value).clamp(min=0.0), value, torch.maximum(most, value).clamp(max=1.0))
+
+    def _sampling_error(self, low_values: Tensor, high_values: Tensor) -> Tensor | float:
+        """Half-width of the 99 % interval that sampling leaves of a mean over probes, `[U]`.
+
+        Of a coloured prior only the probes themselves know: it is Student's, from their standard deviation.
+        """
+        if self.exact:
+            return 0.0
+        if not self.coloured:
+            return CONFIDENCE * self._standard_error(low_values, high_values)
+        count = len(self.gauss.nodes)
+        spreads = [rule.mean_by_probe(v).std(0) for rule, v in ((self.gauss, low_values), (self.radau, high_values))]
+        return student_quantile(count - 1) * torch.maximum(*spreads) / math.sqrt(count)
 
     def _standard_error(self, low_values: Tensor, high_values: Tensor) -> Tensor:
         """Standard error of the mean of qᵀf(G)q over S orthonormal random probes q, `[U]`.
@@ -251,11 +275,16 @@ def estimate_spectrum(
     max_steps: int = 64,
     seed: int = 0,
     ridge: float | Tensor | None = None,
+    prior: GaussianPrior | None = None,
 ) -> Spectrum:
     """Returns the spectral distribution of G of every unit, by stochastic Lanczos quadrature.
 
     Where the budget of `num_probes`·`max_steps` products per unit suffices for all D columns of G, its eigenvalues are
     computed instead, and nothing is sampled.
+
+    With a coloured prior it is that of KᵀGK, which knows how the inputs' elements vary together: an attacker who has
+    seen public examples recovers more than one who takes every element for independent of the others. Ask the spectrum
+    with this prior's own `std`.
 
     Args:
         jacobian: U units, or another operator on their inputs.
@@ -266,32 +295,51 @@ def estimate_spectrum(
         seed: Of the probes.
         ridge: The smallest ε that will be asked for, number or `[U]`. Default: where leakage begins to be limited by
             floating point (1e-6·λ_max in float32, 1e-12·λ_max in float64), the most that can be known.
+        prior: Whose covariance is taken into account. Default: a white one, whose mean and std do not matter here.
 
     Raises:
-        InvalidInputError: An option is out of range.
+        InvalidInputError: An option is out of range, or the prior is of other examples, or fewer than 4 probes are to
+            sample the traces of a coloured one.
         NotTwiceDifferentiableError: From the Jacobian.
     """
     if num_probes < 1:
         raise InvalidInputError(f"expected num_probes >= 1, got {num_probes}")
     check_effort(rtol=rtol, max_steps=max_steps)
     floor = per_unit(0.0 if ridge is None else ridge, "ridge", num_units=jacobian.num_units, device=jacobian.device)
+    coloured = None if prior is None or prior.covariance is None else prior
     if jacobian.input_dim <= num_probes * max_steps:
-        return _exact_spectrum(jacobian)
+        return _exact_spectrum(jacobian, coloured)
+    if coloured is not None and num_probes < 4:
+        raise InvalidInputError(
+            f"expected num_probes >= 4, got {num_probes}: with a coloured prior nothing but how they differ says how "
+            "far they can be trusted"
+        )
     # As many units at once as fit with their probes: the graphs of a pass, and the Krylov bases.
     basis_bytes = (max_steps + 1) * jacobian.input_dim * jacobian.dtype.itemsize
     parts = [
-        _sampled_spectrum(chunk, num_probes, rtol, max_steps, seed, floor[units])
+        _sampled_spectrum(chunk, coloured, num_probes, rtol, max_steps, seed, floor[units])
         for chunk, units in jacobian.chunks(basis_bytes, lanes_per_unit=num_probes)
     ]
     return _joined(parts)
 
 
-def _exact_spectrum(jacobian: InputOperator) -> Spectrum:
+def _exact_spectrum(jacobian: InputOperator, prior: GaussianPrior | None) -> Spectrum:
     dim, units = jacobian.input_dim, jacobian.num_units
-    rule = eigenvalue_rule(torch.stack([dense_gram(jacobian, unit) for unit in range(units)]))
+    rules = [_dense_rule(dense_gram(jacobian, unit), prior) for unit in range(units)]
+    rule = QuadratureRule(*(torch.cat(parts, 1) for parts in zip(*((r.nodes, r.weights) for r in rules), strict=True)))
     spent = torch.full((units,), dim, device=jacobian.device)
-    resolution = _resolution(rule, jacobian.dtype, dim)
-    return Spectrum(rule, rule, dim, jacobian.update_dim, resolution, spent, exact=True)
+    resolution = _resolution(rule, jacobian, prior)
+    coloured = prior is not None
+    return Spectrum(rule, rule, dim, jacobian.update_dim, resolution, spent, exact=True, coloured=coloured)
+
+
+def _dense_rule(gram: Tensor, prior: GaussianPrior | None) -> QuadratureRule:
+    if prior is None:
+        return eigenvalue_rule(gram[None])
+    double = prior.to(torch.float64)
+    gram = double.root_transpose(double.root_transpose(gram).mT).mT  # G is symmetric: rows of GK, then of KᵀGK
+    variances = double.variances(len(gram))
+    return eigenvalue_rule(((gram + gram.mT) / 2)[None], variances / len(gram))
 
 
 def dense_gram(operator: InputOperator, unit: int) -> Tensor:
@@ -318,11 +366,19 @@ def dense_gram(operator: InputOperator, unit: int) -> Tensor:
 
 
 def _sampled_spectrum(
-    jacobian: InputOperator, num_probes: int, rtol: float, max_steps: int, seed: int, ridge: Tensor
+    jacobian: InputOperator,
+    prior: GaussianPrior | None,
+    num_probes: int,
+    rtol: float,
+    max_steps: int,
+    seed: int,
+    ridge: Tensor,
 ) -> Spectrum:
     units = torch.arange(jacobian.num_units, device=jacobian.device)
-    start = _orthonormal_probes(jacobian, num_probes, seed).repeat_interleave(len(units), 0)
-    lanczos = Lanczos(jacobian.select(units.repeat(num_probes)), start, max_steps=max_steps)
+    operator = jacobian if prior is None else PriorGram(jacobian, prior)
+    probes = _orthonormal_probes if prior is None else partial(_prior_probes, prior)
+    start = probes(jacobian, num_probes, seed).repeat_interleave(len(units), 0)
+    lanczos = Lanczos(operator.select(units.repeat(num_probes)), start, max_steps=max_steps)
     unknowable = 1e-6 if jacobian.dtype == torch.float32 else 1e-12
 
     def precise_enough(state: Lanczos) -> Tensor:
@@ -333,15 +389,54 @@ def _sampled_spectrum(
     lanczos.run(precise_enough)
     gauss, radau = gauss_rule(lanczos, num_probes), gauss_radau_rule(lanczos, num_probes)
     spent = lanczos.size.reshape(num_probes, -1).sum(0)
-    resolution = _resolution(gauss, jacobian.dtype, jacobian.input_dim)
-    return Spectrum(gauss, radau, jacobian.input_dim, jacobian.update_dim, resolution, spent, exact=False)
+    resolution = _resolution(gauss, jacobian, prior)
+    coloured = prior is not None
+    dim = jacobian.input_dim
+    return Spectrum(gauss, radau, dim, jacobian.update_dim, resolution, spent, exact=False, coloured=coloured)
 
 
-def _resolution(rule: QuadratureRule, dtype: torch.dtype, dim: int) -> Tensor:
+def _resolution(rule: QuadratureRule, jacobian: InputOperator, prior: GaussianPrior | None) -> Tensor:
     # A product with G is right to a unit of rounding of its largest eigenvalue (measured 1e-7 in float32); the
     # eigenvalues of a matrix or a recurrence, found in float64, are to about √D units.
-    error: Tensor = rule.largest * (torch.finfo(dtype).eps + math.sqrt(dim) * torch.finfo(torch.float64).eps)
-    return error
+    rounding, dim = torch.finfo(jacobian.dtype).eps, jacobian.input_dim
+    found = math.sqrt(dim) * torch.finfo(torch.float64).eps * rule.largest
+    if prior is None:
+        return rounding * rule.largest + found
+    # That of KᵀGK is what rounding of G becomes between the roots: λ_max(KKᵀ)·λ_max(G), which may exceed its own.
+    return rounding * prior.variances(dim).max() * _largest(jacobian) + found
+
+
+def _largest(jacobian: InputOperator) -> Tensor:
+    """A close lower estimate of λ_max(G) `[U]`."""
+    start = _orthonormal_probes(jacobian, 1, 0).repeat(jacobian.num_units, 1)
+    lanczos = Lanczos(jacobian, start, max_steps=_STEPS_TO_LARGEST)
+    lanczos.run(lambda state: torch.zeros_like(state.failed))
+    return gauss_rule(lanczos, 1).largest
+
+
+def student_quantile(freedom: int) -> float:
+    """Returns the half-width of a 99 % interval of Student's t, to 1 % from 3 degrees of freedom on.
+
+    From that of the normal distribution by its expansion (Abramowitz and Stegun 26.7.5).
+    """
+    z, n = CONFIDENCE, freedom
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + math.fsum(term / n**k for k, term in enumerate(terms, start=1))
+
+
+def _prior_probes(prior: GaussianPrior, jacobian: InputOperator, num_probes: int, seed: int) -> Tensor:
+    """Random vectors Kᵀw `[S, D]` with E wwᵀ = I, the same for every unit: w is ±1 along every principal direction.
+
+    All have the same length, ‖Kᵀw‖² = tr KKᵀ, so that the trace itself is not sampled.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(2, (num_probes, jacobian.input_dim), generator=generator, dtype=torch.float64) * 2 - 1
+    return signs.to(jacobian.device, jacobian.dtype) * prior.variances(jacobian.input_dim).sqrt()
 
 
 def _orthonormal_probes(jacobian: InputOperator, num_probes: int, seed: int) -> Tensor:
@@ -374,6 +469,7 @@ def _joined(parts: list[Spectrum]) -> Spectrum:
         torch.cat([p.resolution for p in parts]),
         torch.cat([p.products for p in parts]),
         exact=first.exact,
+        coloured=first.coloured,
     )
 
 

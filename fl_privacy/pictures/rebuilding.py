@@ -201,7 +201,7 @@ def rebuild_client(
         labels[0],
         versions,
         example=example,
-        prior=GaussianPrior(prior.mean.to(where, dtype), prior.std),
+        prior=prior.to(dtype, where),
         attack=attack,
     )
 

@@ -16,6 +16,9 @@ from fl_privacy.reference import build_model, load_dataset
 from fl_privacy.reference.initialization import Initialization, initialize_
 from fl_privacy.studies.settings import Settings, option
 
+PUBLIC_IMAGES = 2000
+"""Images of the training set that an attacker's prior is made from."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSettings(Settings):
@@ -46,7 +49,7 @@ class Scene:
         params: Parameters by name.
         images: `[n, 1, *shape]`.
         labels: `[n, 1]`.
-        prior: From 2,000 images of the training set.
+        prior: From images of the training set, white unless asked otherwise.
         seed: Of the noise.
     """
 
@@ -58,12 +61,21 @@ class Scene:
     seed: int
 
     @classmethod
-    def of(cls, settings: SceneSettings, *, num_images: int | None = None) -> Scene:
+    def of(
+        cls,
+        settings: SceneSettings,
+        *,
+        num_images: int | None = None,
+        num_public: int = PUBLIC_IMAGES,
+        coloured: bool = False,
+    ) -> Scene:
         """Returns the scene that settings describe.
 
         Args:
             settings: Which model, which images.
             num_images: Images to load, where they are not `settings.num_images`.
+            num_public: Images of the training set that the prior is made from.
+            coloured: Whether the prior has their covariance.
 
         Raises:
             InvalidInputError: The data set has too few images.
@@ -76,9 +88,9 @@ class Scene:
         model = build_model(settings.model, input_shape=data.input_shape, num_classes=data.num_classes)
         initialize_(model, settings.initialization)
         images, labels = data.test.select(slice(0, count))
-        public, _ = data.train.select(slice(0, 2000))
+        public, _ = data.train.select(slice(0, num_public))
         params = {name: p.detach().double() for name, p in model.named_parameters()}
-        prior = GaussianPrior.from_examples(public.double())
+        prior = (GaussianPrior.from_images if coloured else GaussianPrior.from_examples)(public.double())
         update = GradientUpdate(model, nn.CrossEntropyLoss())
         return cls(update, params, images.double()[:, None], labels[:, None], prior, settings.seed)
 

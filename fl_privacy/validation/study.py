@@ -11,13 +11,33 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from fl_privacy.attacks import Attack
+from fl_privacy.attacks import (
+    ATTACKS,
+    LBFGS,
+    Adam,
+    Attack,
+    AttackProblem,
+    GaussNewton,
+    Reconstruction,
+    WithWhitePrior,
+    deep_leakage,
+    inverting_gradients,
+    psnr,
+    ssim,
+)
+from fl_privacy.errors import InvalidInputError
+from fl_privacy.influence.bias import own_bias
 from fl_privacy.influence.i2f import influence_lower_bound
 from fl_privacy.influence.spectrum import Spectrum, estimate_spectrum
 from fl_privacy.studies.results import Portion, Progress, fill
-from fl_privacy.studies.scene import Scene, SceneSettings, groups
+from fl_privacy.studies.scene import PUBLIC_IMAGES, Scene, SceneSettings, groups
 from fl_privacy.studies.settings import option
+
+Prior = Literal["white", "images"]
+RAN = "ran"
+"""The status of a row whose attack could be run; any other says why it could not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +52,12 @@ class ValidationSettings(SceneSettings):
     noise_stds: tuple[float, ...] = option(
         (1e-4, 5.6e-4, 3.2e-3, 1.8e-2, 1e-1), "Noise levels, standard deviation per parameter.", above=0
     )
+    prior: Prior = option(
+        "white", "What prediction and attacks know of images: nothing but mean and spread, or their covariance, too."
+    )
+    public_images: int = option(PUBLIC_IMAGES, "Images of the training set that the prior is made from.", minimum=2)
+    attacks: tuple[str, ...] = option(("gauss-newton",), f"Attacks, among {', '.join(ATTACKS)}.")
+    attack_steps: int = option(0, "Steps of the first-order attacks; 0: as many as is usual for each.", minimum=0)
     num_probes: int = option(4, "As estimate_spectrum.", minimum=1)
     max_steps: int = option(256, "As estimate_spectrum.", minimum=1)
     hops: int = option(4, "Most restarts of gauss-newton where it has not converged.", minimum=0)
@@ -45,6 +71,13 @@ class ValidationSettings(SceneSettings):
         recorded=False,
     )
 
+    def __post_init__(self) -> None:
+        """Raises InvalidInputError where a setting is out of range, or an attack unknown."""
+        super().__post_init__()
+        unknown = [name for name in self.attacks if name not in ATTACKS]
+        if unknown:
+            raise InvalidInputError(f"expected attacks among {', '.join(ATTACKS)}, got {', '.join(unknown)}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationRow:
@@ -56,16 +89,26 @@ class ValidationRow:
     image: int
     label: int
     noise_std: float
+    prior: str
+    """What prediction and attack know of images: `white` or `images`."""
     leakage_lower: float
     leakage: float
     leakage_upper: float
     predicted_lower: float
     predicted: float
     predicted_upper: float
+    predicted_own: float
+    """For this very image, where `predicted` is for the mean over all that the prior holds possible."""
     lower_bound: float
     """‖Jᵀδ‖/λ_max/√D of the very noise (paper, Eq. 5)."""
     attack: str
+    status: str
+    """`ran`, or why the attack cannot be run on such gradients: then the rest is NaN."""
     error: float
+    psnr: float
+    """Of what was rebuilt, in dB, for inputs in [0, 1]."""
+    ssim: float
+    """Structural similarity of what was rebuilt, at most 1."""
     converged: bool
     explained: bool
     """Whether what was rebuilt explains the gradient up to its noise; if not, the attack failed."""
@@ -78,6 +121,22 @@ class ValidationRow:
         return self.error / self.predicted
 
 
+def attacks_of(settings: ValidationSettings) -> dict[str, Attack]:
+    """Returns the attacks that settings name, with their options."""
+    steps = settings.attack_steps
+    made: dict[str, Attack] = {
+        "gauss-newton": GaussNewton(hops=settings.hops),
+        "gauss-newton-white": WithWhitePrior(GaussNewton(hops=settings.hops)),
+    }
+    if steps:
+        made |= {
+            "dgl": deep_leakage(optimizer=LBFGS(steps=steps)),
+            "dgl-adam": deep_leakage(optimizer=Adam(steps=steps)),
+            "inverting-gradients": inverting_gradients(steps=steps),
+        }
+    return {name: made[name] if name in made else ATTACKS[name]() for name in settings.attacks}
+
+
 def run_validation(
     settings: ValidationSettings,
     attacks: Mapping[str, Attack],
@@ -85,23 +144,26 @@ def run_validation(
     *,
     progress: Progress | None = None,
 ) -> list[ValidationRow]:
-    """Returns all rows of a study, of which each is appended to a CSV file as it is done; those there are kept.
+    """Returns the rows of a study, of which each is appended to a CSV file as it is done; those there are kept.
 
     Args:
         settings: What to validate. A file of other settings must not be continued: that is not checked here.
-        attacks: Attacks by name.
-        path: The CSV file.
+        attacks: Attacks by name; `attacks_of` makes those of the settings.
+        path: The CSV file. Rows of other attacks, images or noise levels stay in it and are not returned.
         progress: Told (rows done, rows to do).
 
     Raises:
         InvalidInputError: The file holds something else, or the data set has too few images.
     """
-    portions = _portions(settings, attacks)
-    return fill(path, ValidationRow, portions, key=("image", "noise_std", "attack"), progress=progress)
+    portions = list(_portions(settings, attacks))
+    asked = {key for portion in portions for key in portion.keys}
+    rows = fill(path, ValidationRow, portions, key=("image", "noise_std", "attack"), progress=progress)
+    return [row for row in rows if (row.image, row.noise_std, row.attack) in asked]
 
 
 def _portions(settings: ValidationSettings, attacks: Mapping[str, Attack]) -> Iterator[Portion[ValidationRow]]:
-    scene = Scene.of(settings).to(getattr(torch, settings.precision))
+    scene = Scene.of(settings, num_public=settings.public_images, coloured=settings.prior == "images")
+    scene = scene.to(getattr(torch, settings.precision))
     for group in groups(settings.num_images, settings.images_at_once):
         keys = [(i, std, name) for i in group for std in settings.noise_stds for name in attacks]
         yield Portion(keys, partial(_rows, scene, group, settings, attacks))
@@ -110,35 +172,64 @@ def _portions(settings: ValidationSettings, attacks: Mapping[str, Attack]) -> It
 def _rows(
     scene: Scene, group: Sequence[int], settings: ValidationSettings, attacks: Mapping[str, Attack]
 ) -> Iterator[ValidationRow]:
-    jacobian = scene.jacobian(group)
-    finest = (min(settings.noise_stds) / scene.prior.std) ** 2
+    jacobian, prior = scene.jacobian(group), scene.prior
+    finest = (min(settings.noise_stds) / prior.std) ** 2
     spectrum = estimate_spectrum(
-        jacobian, num_probes=settings.num_probes, max_steps=settings.max_steps, ridge=finest, seed=settings.seed
+        jacobian,
+        num_probes=settings.num_probes,
+        max_steps=settings.max_steps,
+        ridge=finest,
+        seed=settings.seed,
+        prior=prior,
     )
+    biases = own_bias(jacobian, prior, settings.noise_stds, max_steps=settings.max_steps)
     clean = jacobian.update()
     for level, noise_std in enumerate(settings.noise_stds):
         noise = (noise_std * scene.noise(group, level)).to(clean)
         bound = influence_lower_bound(jacobian, noise) / math.sqrt(jacobian.input_dim)
         problem = scene.problem(group, clean + noise, noise_std)
+        own = _own_error(spectrum, noise_std, prior.std, biases[level])
         for name, attack in attacks.items():
             started = time.perf_counter()
-            rebuilt = attack.run(problem)
+            rebuilt, status = _attacked(attack, problem)
             seconds = (time.perf_counter() - started) / len(group)
-            errors = scene.errors(group, rebuilt.inputs)
             for unit, image in enumerate(group):
                 yield ValidationRow(
                     image=image,
                     label=int(scene.labels[image, 0]),
                     noise_std=noise_std,
-                    **_prediction(spectrum, noise_std, scene.prior.std, unit),
+                    prior=settings.prior,
+                    **_prediction(spectrum, noise_std, prior.std, unit),
+                    predicted_own=float(own[unit]),
                     lower_bound=float(bound[unit]),
                     attack=name,
-                    error=float(errors[unit]),
-                    converged=bool(rebuilt.converged[unit]),
-                    explained=bool(rebuilt.explained[unit]),
-                    products=int(rebuilt.products[unit]),
+                    status=status,
+                    **_reached(rebuilt, scene.images[[image]], unit),
+                    converged=rebuilt is not None and bool(rebuilt.converged[unit]),
+                    explained=rebuilt is not None and bool(rebuilt.explained[unit]),
+                    products=0 if rebuilt is None else int(rebuilt.products[unit]),
                     seconds=seconds,
                 )
+
+
+def _attacked(attack: Attack, problem: AttackProblem) -> tuple[Reconstruction | None, str]:
+    """What an attack rebuilds, and `RAN`; or nothing, and why it cannot be run."""
+    try:
+        return attack.run(problem), RAN
+    except InvalidInputError as error:
+        return None, " ".join(str(error).split())
+
+
+def _reached(rebuilt: Reconstruction | None, truth: Tensor, unit: int) -> dict[str, float]:
+    if rebuilt is None:
+        return {"error": math.nan, "psnr": math.nan, "ssim": math.nan}
+    found = rebuilt.inputs[unit, None]
+    error = (found - truth).square().mean().sqrt()
+    return {
+        "error": float(error),
+        "psnr": float(psnr(found, truth, data_range=1.0)),
+        "ssim": float(ssim(found, truth, data_range=1.0)),
+    }
 
 
 def _prediction(spectrum: Spectrum, noise_std: float, prior_std: float, unit: int) -> dict[str, float]:
@@ -151,3 +242,10 @@ def _prediction(spectrum: Spectrum, noise_std: float, prior_std: float, unit: in
         "predicted": float(rmse.value[unit]),
         "predicted_upper": float(rmse.upper[unit]),
     }
+
+
+def _own_error(spectrum: Spectrum, noise_std: float, prior_std: float, bias: Tensor) -> Tensor:
+    """The error for each very image: what noise does, which does not depend on it, and its own pull to the prior."""
+    mean_square = spectrum.rmse(noise_std, prior_std).value ** 2
+    noise = (mean_square - spectrum.bias(noise_std, prior_std).value).clamp(min=0)
+    return (noise + bias).sqrt()

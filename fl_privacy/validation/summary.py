@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.extras import require
 from fl_privacy.interval import Interval
-from fl_privacy.validation.study import ValidationRow
+from fl_privacy.validation.study import RAN, ValidationRow
 
 Vector = NDArray[np.float64]
 
@@ -31,31 +31,60 @@ class Agreement:
         spearman: Rank correlation, with a 95 % bootstrap interval over images.
         median_ratio: Median of reached over predicted error.
         median_deviation: Median of |ratio − 1|.
+        own_ratio: Median of reached error over the one predicted for the very image.
         beaten: Share of runs in which any attack's error was more than 20 % below the lower end of the prediction.
+        own_beaten: Share of runs in which it was more than 20 % below what was predicted for the very image.
         failed: Share of runs that no attack explained: there the attacks failed, and show nothing. Where noise is large
             the prior's mean explains an update, too: then only `converged` says that an attack is done.
         converged: Share of runs in which the closest attack reached a stationary point.
+        error: Median error of the closest attack, rmse per input element.
+        psnr: Median of the closest attack, in dB.
+        ssim: Likewise, at most 1.
     """
 
     runs: int
     spearman: Interval[float]
     median_ratio: float
     median_deviation: float
+    own_ratio: float
     beaten: float
+    own_beaten: float
     failed: float
     converged: float
+    error: float
+    psnr: float
+    ssim: float
 
 
 def summarize(rows: Sequence[ValidationRow]) -> tuple[Agreement, dict[float, Agreement]]:
-    """Returns the agreement over all runs and within each noise level.
+    """Returns the agreement over all runs and within each noise level, the best attack of each.
+
+    Attacks that could not be run say nothing and are left out.
 
     Raises:
-        InvalidInputError: There are no rows.
+        InvalidInputError: There are no rows, or no attack could be run.
     """
     if not rows:
         raise InvalidInputError("expected the rows of a study, got none")
+    ran = [row for row in rows if row.status == RAN]
+    if not ran:
+        raise InvalidInputError(f"expected an attack that can be run on these gradients, got: {rows[0].status}")
+    rows = ran
     levels = sorted({row.noise_std for row in rows})
     return _agreement(rows), {level: _agreement([row for row in rows if row.noise_std == level]) for level in levels}
+
+
+def summarize_attacks(rows: Sequence[ValidationRow]) -> dict[str, Agreement]:
+    """Returns the agreement over all runs of each attack alone; nothing for those that could not be run."""
+    ran = [row for row in rows if row.status == RAN]
+    return {
+        name: _agreement([row for row in ran if row.attack == name]) for name in dict.fromkeys(r.attack for r in ran)
+    }
+
+
+def inapplicable(rows: Sequence[ValidationRow]) -> dict[str, str]:
+    """Returns, for every attack that could not be run, why."""
+    return {row.attack: row.status for row in rows if row.status != RAN}
 
 
 def best_attacks(rows: Sequence[ValidationRow]) -> list[ValidationRow]:
@@ -77,14 +106,20 @@ def _agreement(rows: Sequence[ValidationRow]) -> Agreement:
     best = best_attacks(rows)
     explained = explained_runs(rows)
     ratios = np.array([row.ratio for row in best])
+    own_ratios = np.array([row.error / row.predicted_own for row in best])
     return Agreement(
         runs=len(best),
         spearman=_spearman(best),
         median_ratio=float(np.median(ratios)),
         median_deviation=float(np.median(np.abs(ratios - 1))),
+        own_ratio=float(np.median(own_ratios)),
         beaten=float(np.mean([row.error < BEATEN * row.predicted_lower for row in best])),
+        own_beaten=float(np.mean(own_ratios < BEATEN)),
         failed=float(np.mean([(row.image, row.noise_std) not in explained for row in best])),
         converged=float(np.mean([row.converged for row in best])),
+        error=float(np.median([row.error for row in best])),
+        psnr=float(np.median([row.psnr for row in best])),
+        ssim=float(np.median([row.ssim for row in best])),
     )
 
 

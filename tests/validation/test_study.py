@@ -1,14 +1,24 @@
 """A small study that really attacks, and its resumption."""
 
 import dataclasses
+import math
 
 import pytest
 
 from fl_privacy.attacks import GaussNewton
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.studies.results import read_rows
-from fl_privacy.validation import ValidationRow, ValidationSettings, run_validation, summarize
+from fl_privacy.validation import (
+    ValidationRow,
+    ValidationSettings,
+    attacks_of,
+    run_validation,
+    summarize,
+    summarize_attacks,
+)
 from fl_privacy.validation.figure import draw_agreement
+from fl_privacy.validation.study import RAN
+from fl_privacy.validation.summary import inapplicable
 
 SETTINGS = ValidationSettings(num_images=4, images_at_once=2, noise_stds=(5.6e-4, 1.8e-2), max_steps=16)
 
@@ -73,6 +83,53 @@ class TestStudy:
         run_validation(SETTINGS, {"gauss-newton": GaussNewton()}, broken)
         assert len(read_rows(broken, ValidationRow)) == len(rows)
 
+    def test_metrics_have_their_units(self, study):
+        for row in study[1]:
+            assert row.psnr == pytest.approx(-20 * math.log10(row.error))
+            assert -1 <= row.ssim <= 1
+        levels = sorted(SETTINGS.noise_stds)
+        by_level = [[row.ssim for row in study[1] if row.noise_std == level] for level in levels]
+        assert min(by_level[0]) > max(by_level[1])  # less noise, more alike
+
+    def test_rows_of_what_is_not_asked_for_stay_in_the_file_and_out_of_the_result(self, study, tmp_path):
+        path, rows = study
+        copy = tmp_path / "results.csv"
+        copy.write_text(path.read_text())
+        fewer = dataclasses.replace(SETTINGS, num_images=2, noise_stds=(1.8e-2,))
+        found = run_validation(fewer, {"gauss-newton": GaussNewton()}, copy)
+        assert [(row.image, row.noise_std) for row in found] == [(0, 1.8e-2), (1, 1.8e-2)]
+        assert read_rows(copy, ValidationRow) == rows
+
+    def test_an_attack_that_cannot_be_run_is_a_row_that_says_why(self, tmp_path):
+        settings = dataclasses.replace(
+            SETTINGS, num_images=1, noise_stds=(1.8e-2,), attacks=("linear-layer", "gauss-newton")
+        )
+        rows = run_validation(settings, attacks_of(settings), tmp_path / "results.csv")
+        assert [row.attack for row in rows] == ["linear-layer", "gauss-newton"]
+        assert math.isnan(rows[0].error)
+        assert not rows[0].explained
+        assert "linear" in inapplicable(rows)["linear-layer"]
+        overall, _ = summarize(rows)
+        assert overall.runs == 1
+        assert set(summarize_attacks(rows)) == {"gauss-newton"}
+        with pytest.raises(InvalidInputError, match="that can be run"):
+            summarize(rows[:1])
+
+    def test_the_prediction_for_the_very_image_and_with_a_coloured_prior(self, study, tmp_path):
+        settings = dataclasses.replace(SETTINGS, prior="images", attacks=("gauss-newton", "gauss-newton-white"))
+        rows = run_validation(settings, attacks_of(settings), tmp_path / "results.csv")
+        white = {(row.image, row.noise_std): row for row in study[1]}
+        coloured = {(row.image, row.noise_std): row for row in rows if row.attack == "gauss-newton"}
+        ignorant = {(row.image, row.noise_std): row for row in rows if row.attack == "gauss-newton-white"}
+        assert {row.prior for row in rows} == {"images"}
+        for key, row in white.items():
+            assert coloured[key].predicted < row.predicted  # who knows more errs less
+            assert ignorant[key].error == pytest.approx(row.error, rel=0.05)  # the same attack
+            for found in (row, coloured[key]):
+                assert 0.5 < found.error / found.predicted_own < 1.6
+        draw_agreement(rows, tmp_path / "corridor.png", title="LeNet, digits")
+        assert (tmp_path / "corridor.png").stat().st_size > 20_000
+
     def test_another_file_is_refused(self, tmp_path):
         path = tmp_path / "other.csv"
         path.write_text("a,b\n1,2\n")
@@ -91,6 +148,8 @@ class TestStudy:
         ({"noise_stds": ()}, "noise_stds to name at least one"),
         ({"noise_stds": (0.0,)}, "noise_stds > 0"),
         ({"num_images": 0}, "num_images >= 1"),
+        ({"attacks": ("magic",)}, "gauss-newton"),
+        ({"prior": "black"}, "prior to be one of white, images"),
         ({"initialization": "zeros"}, "initialization to be one of default, uniform"),
     ],
 )
@@ -104,20 +163,25 @@ def test_more_images_than_there_are(tmp_path):
         run_validation(ValidationSettings(num_images=10**6), {}, tmp_path / "results.csv")
 
 
-def row(image, noise_std, predicted, error, *, attack="a", explained=True):
+def row(image, noise_std, predicted, error, *, attack="a", explained=True, status=RAN):
     return ValidationRow(
         image=image,
         label=0,
         noise_std=noise_std,
+        prior="white",
         leakage_lower=0.4,
         leakage=0.5,
         leakage_upper=0.6,
         predicted_lower=0.9 * predicted,
         predicted=predicted,
         predicted_upper=1.1 * predicted,
+        predicted_own=2 * predicted,
         lower_bound=0.0,
         attack=attack,
+        status=status,
         error=error,
+        psnr=20.0,
+        ssim=0.5,
         converged=True,
         explained=explained,
         products=1,
@@ -159,6 +223,12 @@ class TestSummary:
         overall, levels = summarize(rows)
         assert levels[1.0].spearman.value == pytest.approx(-1.0)
         assert overall.spearman.value > 0
+
+    def test_beating_the_prediction_for_the_very_image_is_told_apart(self):
+        overall, _ = summarize([row(0, 0.1, 1.0, 1.5), row(1, 0.1, 1.0, 1.7)])  # for the very image: 2.0
+        assert overall.beaten == 0
+        assert overall.own_beaten == 0.5
+        assert overall.own_ratio == pytest.approx(0.8)
 
     def test_no_rows(self):
         with pytest.raises(InvalidInputError, match="got none"):
