@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import traceback
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from logging import WARNING
 
@@ -15,9 +15,13 @@ from flwr.supercore import log
 
 from fl_privacy.audit.estimate import LeakageEstimate
 from fl_privacy.audit.policy import Policy
+from fl_privacy.audit.replay import AuditContext
+from fl_privacy.audit.task import Array, AuditTask
 from fl_privacy.audit.wording import joined
 from fl_privacy.flower.advice import Advice, noisy
+from fl_privacy.flower.protection import InputAdvice
 from fl_privacy.strategies.replies import Reading
+from fl_privacy.strategies.shifting import InputShifting, with_update
 
 _MOST_NOISE = 1e3
 """Norm of noise over that of the update beyond which an update is left out rather than drowned."""
@@ -30,10 +34,20 @@ class PolicyActions:
         policy: What is to follow.
         target_leakage: Of the clients that the policy gives no target of their own.
         parameters: Names of the trained parameters.
+        context: Returns what all audits have in common, with the scales that were taken from the first of them.
     """
 
-    def __init__(self, policy: Policy, *, target_leakage: float, parameters: Sequence[str]) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        target_leakage: float,
+        parameters: Sequence[str],
+        context: Callable[[], AuditContext],
+    ) -> None:
         self.policy = policy
+        self._context = context
+        self._shifting = InputShifting()
         self._target_leakage = target_leakage
         self._parameters = tuple(parameters)
         self._advice: dict[int, Advice] = {}
@@ -44,23 +58,45 @@ class PolicyActions:
         """Returns the leakage that a client is to be brought down to."""
         return self.policy.targets.get(client, self._target_leakage)
 
-    def advice_for(self, node_id: int) -> Advice | None:
-        """Returns what a client is to be told with the next message; `None` if nothing."""
+    def advice_for(self, node_id: int, client: str) -> Advice | InputAdvice | None:
+        """Returns what a client is to be told with the next message; `None` if nothing.
+
+        Args:
+            node_id: Flower's.
+            client: Its name; empty as long as it gave none.
+        """
+        if self.policy.action == "advise" and self.policy.family == "shaped" and not self.policy.dry_run:
+            # Who has no name yet might be anyone: noise that leaks less than it may can be kept, more cannot be undone.
+            lowest = min([self._target_leakage, *self.policy.targets.values()])
+            return self._input_advice(self.target_of(client) if client else lowest)
         return self._advice.get(node_id)
 
-    def apply(self, reading: Reading) -> LeakageEstimate:
+    def _input_advice(self, target: float) -> InputAdvice:
+        return InputAdvice(
+            target_leakage=target,
+            covariance=self.policy.covariance,
+            kept=self.policy.kept,
+            prior_std=self._context().settings.prior_std,
+            shares=self.policy.shares,
+        )
+
+    def apply(self, reading: Reading, params: Mapping[str, Array]) -> LeakageEstimate:
         """Returns a client's row with what was done; its update may be changed by then.
 
         An update to which the policy cannot be applied is left out, and the row says why: it must not end the round.
+
+        Args:
+            reading: What is known of the client, with its row.
+            params: Global arrays of the round by name.
         """
         try:
-            return self._apply(reading)
+            return self._apply(reading, params)
         except Exception as error:
             log(WARNING, "the policy could not be applied to client %s:\n%s", reading.node_id, traceback.format_exc())
             detail = joined(reading.row.detail, f"the policy could not be applied: {error}")
             return replace(reading.row, action="excluded", passed_leakage=None, detail=detail)
 
-    def _apply(self, reading: Reading) -> LeakageEstimate:
+    def _apply(self, reading: Reading, params: Mapping[str, Array]) -> LeakageEstimate:
         row = replace(reading.row, passed_leakage=None if reading.row.leakage is None else reading.row.leakage.upper)
         if reading.aggregate or reading.reply is None:
             return row
@@ -69,7 +105,7 @@ class PolicyActions:
         if self.policy.action == "advise":
             return self._advise(reading.node_id, row)
         if self.policy.action == "perturb":
-            return self._perturb(reading.reply, row)
+            return self._perturb(reading, reading.reply, row, params)
         return row
 
     def _advise(self, node_id: int, row: LeakageEstimate) -> LeakageEstimate:
@@ -79,6 +115,8 @@ class PolicyActions:
         least noise of its own that a client showed. Its own is measured only while there is none of ours: a client that
         clips clips harder then, and its noise looks larger than it is.
         """
+        if self.policy.family == "shaped":
+            return self._advise_shaped(row)
         if node_id in self._advice and row.applied_noise_std is None and row.status.has_estimate:
             row = replace(row, detail=joined(row.detail, "the client did not put the advised noise on its update"))
         if row.required_noise_std is None or row.target_leakage is None or not math.isfinite(row.required_noise_std):
@@ -96,38 +134,91 @@ class PolicyActions:
             )
         return row
 
-    def _perturb(self, reply: Message, row: LeakageEstimate) -> LeakageEstimate:
+    def _advise_shaped(self, row: LeakageEstimate) -> LeakageEstimate:
+        """Says in a row what became of the noise that is advised for the inputs: the advice itself needs no row."""
+        if self.policy.dry_run:
+            if row.leakage is None or row.target_leakage is None or row.leakage.upper <= row.target_leakage:
+                return row
+            return _not_done(row, f"noise on the inputs for a leakage of {row.target_leakage:g} would be advised")
+        if row.advised_input_leakage is not None and not row.input_noise and row.status.has_estimate:
+            missing = "the client did not put the advised noise on its inputs (protected_inputs in its training code)"
+            return replace(row, detail=joined(row.detail, missing))
+        return row
+
+    def _perturb(
+        self, reading: Reading, reply: Message, row: LeakageEstimate, params: Mapping[str, Array]
+    ) -> LeakageEstimate:
         """Puts noise on an update that arrived, in its own scale: an attacker divides out what clipping multiplied."""
+        if row.leakage is None or row.target_leakage is None:
+            return row
+        if (row.input_noise or self.policy.family == "shaped") and row.leakage.upper <= row.target_leakage * (1 + 1e-6):
+            return row
+        if self.policy.family == "shaped":
+            if reading.task is not None and row.verified:
+                return self._shift(reading.task, reply, row, row.target_leakage, params)
+            why = "its training was not reproduced" if reading.task is not None else "it handed over no batch"
+            row = replace(row, detail=joined(row.detail, f"the noise is isotropic, not shaped: {why}"))
         required, target = row.required_noise_std, row.target_leakage
-        if row.leakage is None or required is None or target is None:
+        assert row.leakage is not None
+        if required is None or target is None:
             return row
         if not math.isfinite(required):
             return self._left_out(row, "no noise is known to bring it to its target")
         std = self.policy.missing_noise_std(required, self.policy.own_noise_std(row))
         if std == 0:
             return row
-        # Pruning leaves entries as they are, and shrinks only the projection that the scale is read from.
-        scale = row.scale if row.scale is not None and row.even_noise is not False else 1.0
+        scale = _scale(row)
         size = std * scale * math.sqrt(row.update_dim or 0)
         if size > _MOST_NOISE * (row.update_norm or math.inf) * scale:
             return self._left_out(row, f"noise of {std:.3g} per parameter would drown it")
         if self.policy.dry_run:
             return _not_done(row, f"noise of {std:.3g} would be put on it")
-        seed = None
-        if self.policy.seed is not None:
-            seed = [self.policy.seed, row.server_round, zlib.crc32(row.client.encode())]
         ((key, arrays),) = reply.content.array_records.items()
-        reply.content[key] = noisy(arrays, self._parameters, std * scale, np.random.default_rng(seed))
+        reply.content[key] = noisy(arrays, self._parameters, std * scale, self._generator(row))
         passed, detail = min(row.leakage.upper, target), row.detail
         if not row.verified:
             passed = row.leakage.upper
             detail = joined(detail, "its training was not reproduced, so whether the noise suffices is not known")
         return replace(row, action="perturbed", applied_noise_std=std, passed_leakage=passed, detail=detail)
 
+    def _shift(
+        self, task: AuditTask, reply: Message, row: LeakageEstimate, target: float, params: Mapping[str, Array]
+    ) -> LeakageEstimate:
+        """Replaces an update by the one that the client's training gives at x + a, in the scale of what arrived."""
+        if self.policy.dry_run:
+            return _not_done(row, f"noise on the inputs for a leakage of {target:g} would be put on")
+        shifted = self._shifting.shifted(
+            self._context(), params, task, self._input_advice(target), self._generator(row)
+        )
+        ((key, arrays),) = reply.content.array_records.items()
+        reply.content[key] = with_update(arrays, params, shifted.update, _scale(row))
+        assert row.leakage is not None
+        return replace(
+            row,
+            action="perturbed",
+            input_noise=self.policy.covariance,
+            input_noise_kept=self.policy.kept,
+            input_noise_leakage=shifted.leakage,
+            input_noise_rms=shifted.rms,
+            input_noise_change=shifted.change,
+            passed_leakage=min(row.leakage.upper, target),
+        )
+
+    def _generator(self, row: LeakageEstimate) -> np.random.Generator:
+        seed = self.policy.seed
+        return np.random.default_rng(
+            None if seed is None else [seed, row.server_round, zlib.crc32(row.client.encode())]
+        )
+
     def _left_out(self, row: LeakageEstimate, reason: str) -> LeakageEstimate:
         if self.policy.dry_run:
             return _not_done(row, f"the update would be left out: {reason}")
         return replace(row, action="excluded", passed_leakage=None, detail=joined(row.detail, reason))
+
+
+def _scale(row: LeakageEstimate) -> float:
+    """Returns what an update was multiplied by. Pruning leaves entries as they are, and shrinks only the projection."""
+    return row.scale if row.scale is not None and row.even_noise is not False else 1.0
 
 
 def _not_done(row: LeakageEstimate, what: str) -> LeakageEstimate:

@@ -29,6 +29,8 @@ from fl_privacy.audit.settings import AuditSettings
 from fl_privacy.audit.task import Array
 from fl_privacy.audit.wording import joined
 from fl_privacy.errors import InvalidInputError, LedgerError
+from fl_privacy.flower.advice import Advice
+from fl_privacy.flower.protection import InputAdvice
 from fl_privacy.flower.request import Request
 from fl_privacy.influence.layout import ParameterLayout
 from fl_privacy.influence.update import Loss
@@ -137,11 +139,21 @@ class InversionAudit(Strategy):
         self.expect_aggregates = False  # whether replies that are all the same mean secure aggregation
         self._names: dict[int, str] = {}
         self._requests: dict[int, Request] = {}
+        self._advised: dict[int, Advice | InputAdvice | None] = {}
         self._auditor = Auditor(model, loss, settings=settings, executor=executor, time_limit=time_limit)
         self._layout = ParameterLayout.of(model)
         self._actions = PolicyActions(
-            self.policy, target_leakage=self._auditor.settings.target_leakage, parameters=self._layout.names
+            self.policy,
+            target_leakage=self._auditor.settings.target_leakage,
+            parameters=self._layout.names,
+            context=lambda: self._auditor.context,
         )
+        if self.policy.action == "perturb" and self.policy.family == "shaped" and self.source is not Source.TRUSTED:
+            log(
+                WARNING,
+                "shaped noise can be put on by the server only where clients hand over their batches: the noise is "
+                "isotropic; let clients put it on themselves with the action advise",
+            )
         self._ledger = None if ledger is None else Ledger(ledger)
         self._ledger_name = "" if ledger is None else str(ledger)
         self._unwritten: list[LeakageEstimate | RoundMetrics] = []
@@ -212,7 +224,8 @@ class InversionAudit(Strategy):
         for message in self._sent:
             node_id = message.metadata.dst_node_id
             self._requests[node_id] = request = self._request(node_id)
-            advice = self._actions.advice_for(node_id)
+            advice = self._actions.advice_for(node_id, self._names.get(node_id, ""))
+            self._advised[node_id] = advice
             _add_entries(message, request.entries() | (advice.entries() if advice else {}))
         return self._sent
 
@@ -311,12 +324,15 @@ class InversionAudit(Strategy):
         return Request.for_estimate(replace(self._auditor.settings, target_leakage=target))
 
     def _note_what_was_asked(self, reading: Reading) -> None:
-        advice = self._actions.advice_for(reading.node_id)
-        advised = None if advice is None else advice.noise_std
-        reading.row = replace(reading.row, advised_noise_std=advised)
+        advice = self._advised.get(reading.node_id)
+        asked: dict[str, float | None] = {
+            "advised_noise_std": advice.noise_std if isinstance(advice, Advice) else None,
+            "advised_input_leakage": advice.target_leakage if isinstance(advice, InputAdvice) else None,
+        }
+        reading.row = replace(reading.row, **asked)  # type: ignore[arg-type]
         if reading.task is not None:
             target = self._actions.target_of(reading.row.client)
-            reading.task = replace(reading.task, advised_noise_std=advised, target_leakage=target)
+            reading.task = replace(reading.task, target_leakage=target, **asked)  # type: ignore[arg-type]
 
     def _act(self, reading: Reading) -> LeakageEstimate:
         """Applies the policy to one client, and returns its row with what was done."""
@@ -324,7 +340,8 @@ class InversionAudit(Strategy):
         failed = row.status in _FAILURES and self._on_audit_failure == "exclude"
         if reading.reply is None or not reading.aggregable or failed:
             return replace(row, action="excluded")
-        return self._actions.apply(reading)
+        assert self._arrays is not None
+        return self._actions.apply(reading, {name: array.numpy() for name, array in self._arrays.items()})
 
     def _checked(self, reading: Reading) -> LeakageEstimate:
         """Returns a client's row with what its update shows of the defence that it claims, or should have."""

@@ -186,7 +186,7 @@ def _read(
 
 def _disclose(reading: Reading, report: ClientReport, shared: Mapping[str, Array], request: Request) -> None:
     """Puts what a client says of its own audit into its row, and sets it against the update that arrived."""
-    if report.inputs is not None or report.labels is not None or report.captured is not None:
+    if any(part is not None for part in (report.inputs, report.labels, report.captured, report.shift)):
         raise RecordError("the report holds a batch, and only an estimate was asked for: it was not looked at")
     estimate = report.estimate
     if estimate is None:
@@ -243,6 +243,7 @@ def _task(
         defence=report.defence,
         num_examples=reading.row.num_examples,
         applied_noise_std=report.applied_noise_std,
+        shift=report.shift,
         source=Source.TRUSTED,
     )
 

@@ -86,6 +86,19 @@ class LeakageEstimate:
     """Noise per parameter that the client was advised to put on this update before it shared it."""
     applied_noise_std: float | None = None
     """Noise per parameter that was put on it: by the client, which says so, or by the server (`perturbed`)."""
+    advised_input_leakage: float | None = None
+    """Leakage that the client was advised to bring its inputs to, by noise that it puts on them before training."""
+    input_noise: str = ""
+    """What shaped the noise on the inputs: `client`, `public` or `white`; empty if there was none."""
+    input_noise_kept: bool | None = None
+    """Whether each example has the same noise in every round, so that rounds together tell no more than one."""
+    input_noise_leakage: float | None = None
+    """What x + a tells of x by the noise's law, of the worst audited example: no update of x + a tells more. The law is
+    the word of whoever drew the noise; its size is checked where the batch is handed over."""
+    input_noise_rms: float | None = None
+    """Root mean square of that noise per input element, measured."""
+    input_noise_change: float | None = None
+    """‖u(x + a) − u(x)‖, measured by running local training on both."""
     passed_leakage: float | None = None
     """Upper end of the leakage of what went to the inner strategy; lower than `leakage` where the server perturbed."""
 
@@ -104,7 +117,7 @@ class LeakageEstimate:
     psnr: float | None = None
     """20·log10(data range / rmse) in dB."""
     i2f: float | None = None
-    """I²F of the observed perturbation, ‖(G + εI)⁻¹Jᵀδ‖ (paper, Eq. 4)."""
+    """I²F of the observed perturbation, ‖(G + εI)⁻¹Jᵀδ‖ (paper, Eq. 4); `None` with noise on the inputs."""
     lower_bound: float | None = None
     """‖Jᵀδ‖ / λ_max(G) (paper, Eq. 5)."""
     curve: LeakageCurve | None = None
@@ -112,7 +125,7 @@ class LeakageEstimate:
     examples: tuple[ExampleLeakage, ...] = ()
     """The audited examples, the most exposed first, at most `MAX_EXAMPLES`; empty for unit `batch`."""
 
-    # What was observed of the shared update.
+    # What was observed of the shared update, beside the undefended one: with noise on the inputs, beside u(x + a).
     update_norm: float | None = None
     perturbation_norm: float | None = None
     cosine: float | None = None

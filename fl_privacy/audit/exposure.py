@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -46,6 +46,22 @@ class Exposure:
     blurred: Tensor
     failed: Tensor
     products: Tensor
+
+    def limited(self, leakage: Tensor, prior_std: float) -> Exposure:
+        """Returns the numbers of an attacker who learns of x through x + a alone, which tells a share `[U]` of it.
+
+        Both bounds hold, so the lesser one does; I²F, a distance from x + a and not from x, is then not known.
+        """
+        noisy = leakage < 1
+        return replace(
+            self,
+            leakage=Interval(*(torch.minimum(part, leakage) for part in self.leakage)),
+            influence=torch.where(noisy, torch.nan, self.influence),
+            lower_bound=torch.where(noisy, torch.nan, self.lower_bound),
+            rmse=torch.maximum(self.rmse, prior_std * (1 - leakage).clamp(min=0).sqrt()),
+            solved=self.solved | noisy,
+            tight=self.tight | (self.leakage.lower >= leakage),
+        )
 
     def worst(self, units: Tensor, other: Exposure) -> Exposure:
         """Returns, for `units`, the numbers of this or of `other`, made of them alone, whichever leaks more.

@@ -7,7 +7,7 @@ import math
 import time
 import zlib
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from fl_privacy.audit.curve import ExampleLeakage, LeakageCurve
 from fl_privacy.audit.estimate import MAX_EXAMPLES, LeakageEstimate, Status
 from fl_privacy.audit.exposure import Exposure, exposure
+from fl_privacy.audit.input_noise import leakage_under, shortfall
 from fl_privacy.audit.perturbation import NoiseBlocks, noise_blocks, observed_perturbation
 from fl_privacy.audit.replay import AuditContext, Replay, flat_update, replay_training, to_tensor
 from fl_privacy.audit.settings import AuditSettings
@@ -113,7 +114,7 @@ def _measure(
     assert settings.data_range is not None
     layout = ParameterLayout.of(context.model)
     theta = {name: to_tensor(array, device, dtype) for name, array in params.items()}
-    inputs = torch.stack([to_tensor(task.inputs, device, dtype) for task in group])
+    inputs = torch.stack([to_tensor(task.given, device, dtype) for task in group])
     labels = torch.stack([to_tensor(task.labels, device, dtype) for task in group])
     shared = torch.stack([flat_update(layout, task.shared, device, dtype) for task in group])
     _check_time(deadline)
@@ -155,6 +156,16 @@ def _measure(
         mine = split[client_of].nonzero().squeeze(1)
         found = found.worst(mine, _leaning(jacobian.select(mine), shared, replay, blocks, client_of[mine], settings))
 
+    shifts = [_read_shift(task, bool(replay.verified[i]), settings.prior_std) for i, task in enumerate(group)]
+    law = torch.tensor(
+        [share for shift, chosen in zip(shifts, examples, strict=True) for share in shift.of(chosen, settings.unit)],
+        dtype=torch.float64,
+        device=device,
+    )
+    if (law < 1).any():
+        found = found.limited(law, settings.prior_std)
+    changes = _changes_by_shifts(group, replay, theta, labels, settings.memory_budget)
+
     curves = _curves(spectrum, client_of, settings.prior_std)
     rows = []
     for index, task in enumerate(group):
@@ -167,6 +178,7 @@ def _measure(
         )
         if split[index]:
             detail = joined(detail, _uneven(blocks, index))
+        detail = joined(detail, shifts[index].detail)
         if found.blurred[mine].any() and dtype == torch.float64:
             detail = joined(detail, "precision limits the interval: the noise is below what float64 resolves")
         example = examples[index][worst % units] if settings.unit == "example" else None
@@ -181,8 +193,13 @@ def _measure(
                 worst_label=_class_of(task, example),
                 rmse=float(found.rmse[worst]),
                 psnr=_psnr(float(found.rmse[worst]), settings.data_range),
-                i2f=float(found.influence[worst]),
-                lower_bound=float(found.lower_bound[worst]),
+                i2f=_number(found.influence[worst]),
+                lower_bound=_number(found.lower_bound[worst]),
+                input_noise="" if task.shift is None else task.shift.covariance,
+                input_noise_kept=None if task.shift is None else task.shift.kept,
+                input_noise_leakage=None if task.shift is None else float(law[mine].max()),
+                input_noise_rms=None if task.shift is None else task.shift.rms,
+                input_noise_change=changes.get(index),
                 curve=curves[index],
                 examples=_spread(task, examples[index], found.leakage.value[mine], required[mine], settings),
                 update_norm=float(seen.update_norm[index]),
@@ -238,6 +255,50 @@ def _leaning(
         seed=settings.seed,
     )
     return exposure(leaning, spectrum, weights * delta[client_of], blocks.least[client_of], doubt, settings)
+
+
+@dataclass(frozen=True, eq=False)
+class _ShiftRead:
+    """What a client's noise on its inputs is credited with.
+
+    Attributes:
+        leakage: Of x + a, `[N]`; ones where nothing is credited.
+        detail: What there is to say of it.
+    """
+
+    leakage: Array
+    detail: str = ""
+
+    def of(self, chosen: Sequence[int], unit: str) -> list[float]:
+        """Returns the leakage of each audited unit; that of a batch is the mean of its examples'."""
+        return [float(self.leakage.mean())] if unit == "batch" else self.leakage[list(chosen)].tolist()
+
+
+def _read_shift(task: AuditTask, verified: bool, prior_std: float) -> _ShiftRead:
+    """Returns what noise on the inputs leaves of each example, where training on x + a gives what was captured."""
+    nothing = np.ones(len(task.inputs))
+    shift = task.shift
+    if shift is None:
+        return _ShiftRead(nothing)
+    if not verified:
+        return _ShiftRead(nothing, "noise on the inputs is not credited, as training with it was not reproduced")
+    if problem := shortfall(shift):
+        return _ShiftRead(nothing, problem)
+    return _ShiftRead(leakage_under(shift.leakage, shift.prior_std, prior_std), shift.note)
+
+
+def _changes_by_shifts(
+    group: Sequence[AuditTask], replay: Replay, theta: Mapping[str, Tensor], labels: Tensor, memory_budget: int
+) -> dict[int, float]:
+    """Returns ‖u(x + a) − u(x)‖ of the clients that put noise on their inputs."""
+    shifted = [index for index, task in enumerate(group) if task.shift is not None]
+    if not shifted:
+        return {}
+    at, dtype, device = torch.tensor(shifted, device=labels.device), replay.reference.dtype, labels.device
+    inputs = torch.stack([to_tensor(group[i].inputs, device, dtype) for i in shifted])
+    without = UpdateJacobian(replay.update, theta, inputs, labels[at], memory_budget=memory_budget).update()
+    change = torch.linalg.vector_norm(replay.reference[at] - without, dim=-1)
+    return dict(zip(shifted, change.tolist(), strict=True))
 
 
 def _uneven(blocks: NoiseBlocks, index: int) -> str:

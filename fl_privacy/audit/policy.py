@@ -9,18 +9,25 @@ from types import MappingProxyType
 from typing import Literal, get_args
 
 from fl_privacy.audit.estimate import LeakageEstimate
+from fl_privacy.audit.settings import Covariance
 from fl_privacy.errors import InvalidInputError
 
 PolicyAction = Literal["report", "advise", "perturb", "exclude"]
+Family = Literal["isotropic", "shaped"]
+"""Where noise is put: on the update, or on the private inputs that it is computed from."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
     """What follows from a client's leakage.
 
-    Noise is isotropic, N(0, σ²) on each parameter of the update, with the σ that brings the upper end of the client's
+    *Isotropic* noise is N(0, σ²) on each parameter of the update, with the σ that brings the upper end of the client's
     leakage to its target. It is drawn anew for each share, and T shares of one example tell about T times as much: for
     a target that must hold over T rounds together, σ grows by √T (Fisher information adds up).
+
+    *Shaped* noise is put on the private inputs x, of which the update at x + a is shared: whatever is trained, x + a
+    tells no more of x than the target. It needs no earlier audit, so clients are advised from the first round on, and
+    their training code calls `fl_privacy.flower.protected_inputs`. An example keeps its noise over the rounds.
 
     Attributes:
         action: `report`: nothing but rows. `advise`: each client is told in the next round how much noise to add to
@@ -31,7 +38,12 @@ class Policy:
             `target_leakage`.
         limit: Leakage above which `exclude` leaves a client out, on the upper end of its interval. `None`: its target.
         margin: Factor on the noise that is advised: it was measured a round before it is used, and training goes on.
-        shares: T, the number of shares of one example that must meet the target together.
+        shares: T, the number of shares of one example that must meet the target together. Kept noise needs none.
+        family: `isotropic` or `shaped`. The server can put shaped noise on (`perturb`) only where clients hand over
+            their batches and their training is reproduced; elsewhere its noise is isotropic, and rows say so.
+        covariance: What shapes noise on inputs: `client`, the G of each private example, which tells a little of it;
+            `public`, that of the public examples that the client's app gives; `white`, nothing.
+        kept: Whether shaped noise is drawn once for an example, or in every round.
         dry_run: Rows say what would be done, and nothing is.
         seed: Of the noise that the server adds. `None`, from the operating system, but for repeatable simulations:
             whoever knows the seed can subtract the noise.
@@ -45,6 +57,9 @@ class Policy:
     limit: float | None = None
     margin: float = 1.25
     shares: int = 1
+    family: Family = "isotropic"
+    covariance: Covariance = "client"
+    kept: bool = True
     dry_run: bool = False
     seed: int | None = None
 
@@ -52,6 +67,17 @@ class Policy:
         if self.action not in get_args(PolicyAction):
             raise InvalidInputError(
                 f"expected a policy's action to be one of {', '.join(get_args(PolicyAction))}, got {self.action!r}"
+            )
+        for name, options in (("family", Family), ("covariance", Covariance)):
+            if getattr(self, name) not in get_args(options):
+                raise InvalidInputError(
+                    f"expected a policy's {name} to be one of {', '.join(get_args(options))}, "
+                    f"got {getattr(self, name)!r}"
+                )
+        if self.action == "perturb" and self.family == "shaped" and self.covariance == "public":
+            raise InvalidInputError(
+                "expected covariance client or white for noise that the server puts on: public examples are given to "
+                "protected_inputs, on clients"
             )
         for client, target in self.targets.items():
             if not 0 < target < 1:
@@ -78,10 +104,13 @@ class Policy:
         """Returns σ_o, the noise per parameter that a client put on its update itself, as far as its leakage shows it.
 
         Of an update that was reproduced and carries even noise, the σ at which its leakage is the upper end of what was
-        found; otherwise 0: what a perturbation is made of is then not known.
+        found; otherwise 0: what a perturbation is made of is then not known. With noise on the inputs, what was
+        measured beside u(x + a).
         """
         if not row.verified or not row.even_noise or row.curve is None or row.leakage is None:
             return 0.0
+        if row.input_noise:  # it leaks as little for noise on its inputs, which is none on the update
+            return row.noise_std or 0.0
         return row.curve.noise_std_at(row.leakage.upper)
 
     def missing_noise_std(self, required: float, own: float) -> float:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fl_privacy.audit.settings import AuditSettings
-from fl_privacy.audit.task import Array, AuditTask
+from fl_privacy.audit.task import Array, AuditTask, Numbers
 from fl_privacy.influence.evaluation import BatchNormMode
 from fl_privacy.influence.jacobian import UpdateJacobian
 from fl_privacy.influence.layout import ParameterLayout
@@ -125,6 +125,31 @@ def _update_map(
         weight_decay=trace.weight_decay,
         nesterov=trace.nesterov,
     )
+
+
+def update_at(context: AuditContext, params: Mapping[str, Array], task: AuditTask, inputs: Array) -> dict[str, Numbers]:
+    """Returns the update that a client's local training gives at other inputs than its own, by parameter name.
+
+    Args:
+        context: Model, loss and settings.
+        params: Global arrays of the round by name.
+        task: A client's, whose training can be reproduced.
+        inputs: `[N, *shape]` in place of those that its model was trained on.
+    """
+    layout = ParameterLayout.of(context.model)
+    device, dtype = torch.device("cpu"), torch.float64
+    theta = {name: to_tensor(array, device, dtype) for name, array in params.items()}
+    given, labels = (to_tensor(part, device, dtype)[None] for part in (task.given, task.labels))
+    shared = flat_update(layout, task.shared, device, dtype)[None]
+    replay = replay_training(context, theta, [task], given, labels, shared)
+    other = to_tensor(inputs, device, dtype)[None]
+    update = UpdateJacobian(replay.update, theta, other, labels, memory_budget=context.settings.memory_budget).update()[
+        0
+    ]
+    parts = torch.split(update, list(layout.sizes))
+    return {
+        name: part.reshape(shape).numpy() for name, part, shape in zip(layout.names, parts, layout.shapes, strict=True)
+    }
 
 
 def to_tensor(array: Array, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -10,6 +10,7 @@ import contextlib
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from fl_privacy.audit.task import Array, TrainingTrace
+from fl_privacy.audit.task import Array, InputShift, TrainingTrace
 from fl_privacy.errors import InvalidInputError
 
 T = TypeVar("T")
@@ -91,6 +92,9 @@ class TrainingCapture:
         self._examples: dict[bytes, int] = {}
         self._inputs: list[Array] = []
         self._labels: list[Array] = []
+        self._shifted: dict[bytes, int] = {}
+        self._shifts: dict[int, tuple[Array, Any]] = {}
+        self._shift: InputShift | None = None
         self._batches: list[tuple[int, ...]] = []
         self._groups: list[dict[str, Any]] = []
         self._optimizers: set[str] = set()
@@ -124,6 +128,30 @@ class TrainingCapture:
         """Records a batch as a loader gives it: a pair or a mapping of two tensors."""
         with self._harmless():
             self._add_batch(*_inputs_and_labels(batch))
+
+    def add_shift(self, inputs: Tensor, labels: Tensor, given: Tensor, shift: InputShift) -> None:
+        """Records noise on a batch's inputs: examples are kept as they were, and known by what the model is given."""
+        with self._harmless():
+            indices = self._index(_to_numpy(inputs), _to_numpy(labels))
+            if self._problem:
+                return
+            same = self._shift is None or _same_bounds(self._shift, shift)
+            if not same:
+                self._fail("inputs with noise on them were bounded differently from call to call")
+            self._shift = shift
+            for key, index in zip(_keys(_to_numpy(given), _to_numpy(labels)), indices, strict=True):
+                self._shifted[key] = index
+            self._shifts.update(zip(indices, zip(shift.noise, shift.leakage, strict=True), strict=True))
+
+    @property
+    def shift(self) -> InputShift | None:
+        """The noise on the recorded examples, in their order; `None` if there is none."""
+        if self._shift is None:
+            return None
+        noise, leakage = np.zeros_like(np.stack(self._inputs)), np.ones(len(self._inputs))
+        for index, (row, share) in self._shifts.items():
+            noise[index], leakage[index] = row, share
+        return replace(self._shift, noise=noise, leakage=leakage)
 
     @property
     def has_examples(self) -> bool:
@@ -166,24 +194,30 @@ class TrainingCapture:
             self._fail(f"training could not be recorded: {error}")
 
     def _add_batch(self, inputs: Tensor, labels: Tensor) -> None:
-        x, y = _to_numpy(inputs), _to_numpy(labels)
+        indices = self._index(_to_numpy(inputs), _to_numpy(labels))
+        if not self._problem:
+            self._batches.append(indices)
+
+    def _index(self, x: Array, y: Array) -> tuple[int, ...]:
+        """Returns the places of examples among those recorded, to which new ones are added; none where that fails."""
         if len(x) != len(y):
             self._fail(f"a batch holds {len(x)} inputs and {len(y)} labels")
         if self._inputs and (x.shape[1:], y.shape[1:]) != (self._inputs[0].shape, self._labels[0].shape):
             self._fail(f"examples differ in shape: {list(self._inputs[0].shape)} and {list(x.shape[1:])}")
         if self._problem:
-            return
-        keys = [row.tobytes() + label.tobytes() for row, label in zip(x, y, strict=True)]
-        new = {key: (row, label) for key, row, label in zip(keys, x, y, strict=True) if key not in self._examples}
+            return ()
+        keys = _keys(x, y)
+        known = {**self._shifted, **self._examples}
+        new = {key: (row, label) for key, row, label in zip(keys, x, y, strict=True) if key not in known}
         self._bytes += sum(map(len, new))
         if self._bytes > self._max_bytes:
             self._fail(f"the examples exceed {self._max_bytes} bytes, the most that is handed over")
-            return
+            return ()
         for key, (row, label) in new.items():
             self._examples[key] = len(self._inputs)
             self._inputs.append(row)
             self._labels.append(label)
-        self._batches.append(tuple(self._examples[key] for key in keys))
+        return tuple(known[key] if key in known else self._examples[key] for key in keys)
 
     def _add_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizers.add(type(optimizer).__name__)
@@ -227,6 +261,16 @@ class TrainingCapture:
     def _fail(self, problem: str) -> None:
         self._problem = self._problem or problem
         self._batches.clear()
+
+
+def _keys(inputs: Array, labels: Array) -> list[bytes]:
+    return [row.tobytes() + label.tobytes() for row, label in zip(inputs, labels, strict=True)]
+
+
+def _same_bounds(one: InputShift, other: InputShift) -> bool:
+    if one.bounds is None or other.bounds is None:
+        return one.bounds is other.bounds
+    return all(np.array_equal(a, b) for a, b in zip(one.bounds, other.bounds, strict=True))
 
 
 def _same(known: Array, value: Array) -> bool:

@@ -11,9 +11,10 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Context
-from typing import Any
+from typing import Any, get_args
 
 from fl_privacy.audit.estimate import LeakageEstimate, Source, Status
+from fl_privacy.audit.settings import Covariance
 from fl_privacy.errors import RecordError
 from fl_privacy.interval import Interval
 
@@ -31,8 +32,9 @@ _TEXTS = {
     "unit": ("example", "batch"),
     "dtype": ("float32", "float64"),
     "batch_norm": ("", "eval", "train"),
+    "input_noise": ("", *get_args(Covariance)),
 }
-_FLAGS = ("verified", "converged")
+_FLAGS = ("verified", "converged", "input_noise_kept")
 _COUNTS = ("units_audited", "input_dim", "update_dim", "products")
 _SIZES = (
     "leakage_mean",
@@ -47,8 +49,11 @@ _SIZES = (
     "residual",
     "replay_error",
     "seconds",
+    "input_noise_leakage",
+    "input_noise_rms",
+    "input_noise_change",
 )
-_SHARES = ("leakage_mean", "target_leakage")
+_SHARES = ("leakage_mean", "target_leakage", "input_noise_leakage")
 _ALWAYS = ("units_audited", "update_dim", "leakage_mean", "noise_std", "prior_std", "target_leakage")
 _WORST = ("worst_example", "worst_label")
 _MOST_EXAMPLES = 2**31
@@ -88,6 +93,11 @@ class Disclosure:
     residual: float | None = None
     replay_error: float | None = None
     seconds: float | None = None
+    input_noise: str = ""
+    input_noise_kept: bool | None = None
+    input_noise_leakage: float | None = None
+    input_noise_rms: float | None = None
+    input_noise_change: float | None = None
     worst_example: int | None = None
     worst_label: int | None = None
 
@@ -107,7 +117,13 @@ class Disclosure:
         if row.leakage is None:
             status = row.status if not row.status.has_estimate else Status.AUDIT_FAILED
             return cls(status=status, shared_norm=shared_norm)
-        rounding = {"required_noise_std": ROUND_CEILING, "noise_std": ROUND_FLOOR, "leakage_mean": ROUND_CEILING}
+        rounding = {
+            "required_noise_std": ROUND_CEILING,
+            "noise_std": ROUND_FLOOR,
+            "leakage_mean": ROUND_CEILING,
+            "input_noise_leakage": ROUND_CEILING,
+            "input_noise_rms": ROUND_FLOOR,
+        }
         sizes: dict[str, Any] = {}
         for name in _SIZES:
             number = getattr(row, name)
@@ -132,6 +148,7 @@ class Disclosure:
         values["status"] = str(self.status)
         values["leakage"] = None if self.leakage is None else list(self.leakage)
         values["psnr"] = "Infinity" if self.psnr == math.inf else self.psnr
+        values["input_noise"] = self.input_noise or None
         return {name: value for name, value in values.items() if value is not None}
 
     @classmethod
@@ -163,7 +180,7 @@ class Disclosure:
 
     def applied(self, row: LeakageEstimate) -> LeakageEstimate:
         """Returns a row of the server with this disclosure in it, said to come from the client."""
-        names = ("unit", "dtype", "batch_norm", "leakage", "psnr", *_FLAGS, *_COUNTS, *_SIZES, *_WORST)
+        names = (*_TEXTS, "leakage", "psnr", *_FLAGS, *_COUNTS, *_SIZES, *_WORST)
         known = {} if self.leakage is None else {name: getattr(self, name) for name in names}
         return replace(
             row,

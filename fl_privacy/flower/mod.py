@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from logging import WARNING
+from typing import TypeVar
 
 import numpy as np
 from flwr.app import Context, Message, MessageType, RecordDict
@@ -13,11 +14,14 @@ from flwr.supercore import log
 from fl_privacy.audit.task import Array
 from fl_privacy.errors import RecordError
 from fl_privacy.flower.advice import Advice
+from fl_privacy.flower.protection import InputAdvice
 from fl_privacy.flower.records import REPORT_KEY
 from fl_privacy.flower.reporter import Describe, NewModel, Reporter
 from fl_privacy.flower.request import Request
 from fl_privacy.flower.updates import shared_update
 from fl_privacy.influence.update import Loss
+
+A = TypeVar("A", Advice, InputAdvice)
 
 
 class InversionAuditMod:
@@ -31,8 +35,9 @@ class InversionAuditMod:
     - The scalars of an audit that is made here, with `model` and `loss`. Put the mod first, outside of whatever
       protects the update: it audits the update as it passes here, and what changes it later is not credited.
 
-    Where the server advises noise, the mod puts it on the trained parameters before it reports, and says so; set
-    `follow_advice` to no to go without.
+    Where the server advises noise on the update, the mod puts it on the trained parameters before it reports, and says
+    so. Where it advises noise on the inputs, the training code gets them from one call, `protected_inputs`. Set
+    `follow_advice` to no to go without either.
 
     Every option that is `None` can be set where the client runs instead, by an environment variable or in the node's
     configuration: see `ClientOptions`, and the table in docs/deploy.md. Who says no to something that leaves has the
@@ -42,7 +47,8 @@ class InversionAuditMod:
         hand_over_batches: Whether private batches may be handed over.
         send_estimates: Whether scalars may be sent. If it is not set, giving a model and a loss allows it.
         reveal_worst: Whether an estimate may say which example leaks most, by index and label.
-        follow_advice: Whether to put the noise that the server advises on the update. Done unless someone says no.
+        follow_advice: Whether to put the noise that the server advises on the update, or on the inputs. Done unless
+            someone says no.
         noise_seed: Seed of that noise for a call, for repeatable simulations only: whoever can find it out can
             subtract the noise. Default: from the operating system.
         model: For audits on the client: the model that is trained, its class, or a function of the context.
@@ -92,19 +98,21 @@ class InversionAuditMod:
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """Runs the app, follows advice, and adds a report to the reply if the server asked for one."""
-        request, advice = _take_request(message), _take_advice(message)
+        request = _take_request(message)
+        advice, input_advice = _take_advice(message, Advice), _take_advice(message, InputAdvice)
         if request is None or not message.metadata.message_type.startswith(MessageType.TRAIN):
             return call_next(message, context)
         sent = _arrays(message.content)
         watch = self._reporter.watch(request, context, sent)
-        with watch.active():
+        seed = None if self._noise_seed is None else self._noise_seed(message, context)
+        generator = np.random.default_rng(seed)
+        with watch.active(), watch.protecting(input_advice, generator):
             reply = call_next(message, context)
         if not reply.has_content():
             return reply
         if advice is not None:
-            seed = None if self._noise_seed is None else self._noise_seed(message, context)
             for key, arrays in reply.content.array_records.items():
-                reply.content[key] = watch.follow(advice, arrays, np.random.default_rng(seed))
+                reply.content[key] = watch.follow(advice, arrays, generator)
 
         def shared(names: Sequence[str]) -> Mapping[str, Array]:
             return shared_update(reply.content, sent, names)
@@ -124,12 +132,12 @@ def _take_request(message: Message) -> Request | None:
     return None
 
 
-def _take_advice(message: Message) -> Advice | None:
-    """Removes the server's advice from the message's config; what cannot be read is no advice, and the log says so."""
-    found = None
+def _take_advice(message: Message, kind: type[A]) -> A | None:
+    """Removes one kind of advice from the message's config; what cannot be read is none, and the log says so."""
+    found: A | None = None
     for record in message.content.config_records.values() if message.has_content() else ():
         try:
-            found = found or Advice.take(record)
+            found = found or kind.take(record)
         except RecordError as error:
             log(WARNING, "fl_privacy: %s", error)
     return found

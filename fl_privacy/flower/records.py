@@ -11,13 +11,14 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from flwr.app import ConfigRecord
 
 from fl_privacy.audit.claims import Defence
-from fl_privacy.audit.task import Array, TrainingTrace
+from fl_privacy.audit.settings import Covariance
+from fl_privacy.audit.task import Array, InputShift, TrainingTrace
 from fl_privacy.errors import InvalidInputError, RecordError
 from fl_privacy.flower.disclosure import Disclosure
 
@@ -31,6 +32,8 @@ ESTIMATE = "estimate"
 """The request for the scalars of an audit that the client makes itself."""
 
 _VERSION = 1
+_SHIFT = ("prior_std", "covariance", "kept", "note")
+_BOUNDS = ("shift/low", "shift/high")
 _MOST_NOISE = 1e30
 """Most noise per parameter that a report may speak of: far beyond use, and its square is still a number."""
 _MAX_HEAD = 4 * 1024**2
@@ -53,6 +56,7 @@ class ClientReport:
         captured: The update before any defence, by parameter name.
         estimate: The scalars of the client's own audit, in place of all arrays.
         applied_noise_std: Noise per parameter that it put on its update, as it was advised.
+        shift: Noise that it put on its inputs, as it was advised; `inputs` are without it.
     """
 
     client: str
@@ -65,6 +69,7 @@ class ClientReport:
     captured: Mapping[str, Array] | None = None
     estimate: Disclosure | None = None
     applied_noise_std: float | None = None
+    shift: InputShift | None = None
 
 
 def encode_report(report: ClientReport) -> ConfigRecord:
@@ -73,6 +78,9 @@ def encode_report(report: ClientReport) -> ConfigRecord:
     if report.inputs is not None and report.labels is not None:
         arrays |= {"inputs": report.inputs, "labels": report.labels}
     arrays |= {f"captured/{name}": array for name, array in (report.captured or {}).items()}
+    if report.shift is not None:
+        arrays |= {"shift/noise": report.shift.noise, "shift/leakage": report.shift.leakage}
+        arrays |= dict(zip(_BOUNDS, report.shift.bounds or (), strict=False))
     head = {
         "version": _VERSION,
         "client": report.client,
@@ -82,6 +90,7 @@ def encode_report(report: ClientReport) -> ConfigRecord:
         "trace": None if report.trace is None else asdict(report.trace),
         "estimate": None if report.estimate is None else report.estimate.to_dict(),
         "applied_noise_std": report.applied_noise_std,
+        "shift": None if report.shift is None else {name: getattr(report.shift, name) for name in _SHIFT},
         "arrays": {name: [array.dtype.name, list(array.shape)] for name, array in arrays.items()},
     }
     payload = {f"array/{name}": np.ascontiguousarray(array).tobytes() for name, array in arrays.items()}
@@ -119,7 +128,30 @@ def decode_report(record: Any, *, max_bytes: int) -> ClientReport:
         captured=captured or None,
         estimate=None if estimate is None else Disclosure.from_dict(_expect(estimate, dict, "estimate")),
         applied_noise_std=None if applied is None else _noise(applied),
+        shift=None if head.get("shift") is None else _shift(_expect(head["shift"], dict, "shift"), arrays),
     )
+
+
+def _shift(entry: dict[str, Any], arrays: Mapping[str, Array]) -> InputShift:
+    noise, leakage = arrays.get("shift/noise"), arrays.get("shift/leakage")
+    covariance = _text(entry, "covariance")
+    if noise is None or leakage is None or covariance not in get_args(Covariance):
+        raise RecordError("expected noise on the inputs with its leakage and its covariance")
+    bounds = tuple(arrays[name] for name in _BOUNDS if name in arrays)
+    if len(bounds) not in (0, 2):
+        raise RecordError("expected both bounds of the inputs, or none")
+    try:
+        return InputShift(
+            noise=noise,
+            leakage=leakage,
+            prior_std=_finite(entry.get("prior_std"), "prior_std"),
+            covariance=covariance,
+            kept=_expect(entry.get("kept"), bool, "kept"),
+            bounds=(bounds[0], bounds[1]) if bounds else None,
+            note=_text(entry, "note"),
+        )
+    except InvalidInputError as error:
+        raise RecordError(str(error)) from error
 
 
 def _head(record: ConfigRecord) -> dict[str, Any]:

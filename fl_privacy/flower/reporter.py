@@ -24,6 +24,7 @@ from fl_privacy.flower.advice import Advice
 from fl_privacy.flower.capture import TrainingCapture
 from fl_privacy.flower.disclosure import Disclosure
 from fl_privacy.flower.options import CONSENTS, LIMITS, VETOES, ClientOptions
+from fl_privacy.flower.protection import InputAdvice, InputProtection
 from fl_privacy.flower.records import BATCHES, ESTIMATE, ClientReport, encode_report
 from fl_privacy.flower.request import Request
 from fl_privacy.flower.updates import update_norm
@@ -139,9 +140,27 @@ class Watch:
         with self._capture.active():
             yield
 
+    @contextmanager
+    def protecting(self, advice: InputAdvice | None, generator: np.random.Generator) -> Iterator[None]:
+        """Lets `protected_inputs` put the advised noise on inputs inside the block, unless this client forbids it."""
+        options, against = self._options, self._against_advice()
+        if advice is None or options is None or against:
+            if advice is not None:
+                log(INFO, "fl_privacy: the advised noise is not put on the inputs: %s", against)
+            yield
+            return
+        protection = InputProtection(
+            advice, self._context.state, self._capture, generator, memory_budget=options.memory_budget
+        )
+        with protection.active():
+            yield
+
+    def _against_advice(self) -> str:
+        return self._options.vetoed_by("follow_advice") if self._options else "its configuration cannot be read"
+
     def follow(self, advice: Advice, arrays: ArrayRecord, generator: np.random.Generator) -> ArrayRecord:
         """Returns the arrays to share with the advised noise on them; unchanged where this client forbids it."""
-        against = self._options.vetoed_by("follow_advice") if self._options else "its configuration cannot be read"
+        against = self._against_advice()
         if against:
             log(INFO, "fl_privacy: the advised noise is not put on the update: %s", against)
             return arrays
@@ -184,7 +203,9 @@ class Watch:
         if not capture.has_examples:
             return replace(report, refused=trace.problem)
         inputs, labels = capture.examples()
-        return replace(report, inputs=inputs, labels=labels, trace=trace, captured=capture.update())
+        return replace(
+            report, inputs=inputs, labels=labels, trace=trace, captured=capture.update(), shift=capture.shift
+        )
 
     def _estimate(self, report: ClientReport, capture: TrainingCapture, shared: SharedUpdate) -> Disclosure:
         assert self._options is not None
@@ -203,6 +224,7 @@ class Watch:
             trace=capture.trace(),
             captured=captured if set(names) <= set(captured or {}) else None,
             source=Source.CLIENT,
+            shift=capture.shift,
         )
         row = self_audit(
             model,

@@ -1,0 +1,306 @@
+"""Noise that a client puts on its private inputs before it trains on them, as the server advises and it allows."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+from collections.abc import Iterator, MutableMapping
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass
+from typing import Any, cast, get_args
+
+import numpy as np
+import torch
+from flwr.app import Array as FlowerArray
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from torch import Tensor, nn
+
+from fl_privacy.audit.input_noise import draw_for_examples, leakage_under, topped_up
+from fl_privacy.audit.settings import Covariance
+from fl_privacy.audit.task import InputShift, Numbers
+from fl_privacy.errors import InvalidInputError, RecordError
+from fl_privacy.flower.capture import TrainingCapture
+from fl_privacy.influence.update import GradientUpdate, Loss
+
+INPUT_ADVICE_KEY = "fl-privacy-input-advice"
+"""Entry of a training message's config that carries the advice; the app never sees it."""
+_KEPT_KEY, _KEPT_ARRAYS_KEY = "fl_privacy.kept_noise", "fl_privacy.kept_noise.arrays"
+"""Records of a client's own state, which stays with it from round to round."""
+_SLACK = 1e-6
+"""How much more than its target noise may leak before more is put on it: no more than rounding."""
+
+_ACTIVE: ContextVar[InputProtection | None] = ContextVar("fl_privacy_protection", default=None)
+
+Bounds = tuple[float | Tensor, float | Tensor]
+
+
+def protected_inputs(
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    loss: Loss = nn.functional.cross_entropy,
+    public: tuple[Tensor, Tensor] | None = None,
+    bounds: Bounds | None = None,
+) -> Tensor:
+    """Returns the inputs to train on: with noise on them where the server advises it, as they are otherwise.
+
+    One call in the training loop, before the model is given the batch:
+
+        for images, labels in record_batches(loader):
+            images = protected_inputs(model, images, labels, bounds=(0.0, 1.0))
+
+    What is then shared depends on each example x through x + a alone. By default a is drawn once for an example, kept
+    in the client's own state, and used in every later round, so that rounds together tell no more than one. An example
+    is known by its content: call this before random augmentation, as a changed example is another one with noise of its
+    own, and two of them tell more than one. The first call of an example computes a spectrum, some hundred products.
+
+    Args:
+        model: What is trained, at its current parameters, which only shape the noise. It is not changed.
+        inputs: x `[N, *shape]`, floating point.
+        labels: `[N, ...]`.
+        loss: (outputs, labels) -> scalar mean loss, the one that it is trained with.
+        public: A few public inputs and labels of the same kind, 8 or so, whose covariance shapes the noise where the
+            server advises that. Without them the noise is white then: it costs more, and hides as much.
+        bounds: Lowest and highest valid input, numbers or one per channel `[C, 1, 1]`: x + a is moved to the nearest
+            valid value. That is a function of x + a alone, so that it protects no less.
+
+    Raises:
+        InvalidInputError: The inputs are not floating-point numbers, all the same, or outside the bounds.
+    """
+    protection = _ACTIVE.get()
+    if protection is None:
+        return inputs
+    return protection.protect(model, inputs, labels, loss=loss, public=public, bounds=bounds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputAdvice:
+    """Noise on the client's inputs that brings each example to its target, whatever is trained on it.
+
+    Attributes:
+        target_leakage: What x + a may tell of x, over all shares of it.
+        covariance: What shapes the noise.
+        kept: Whether each example keeps its noise; otherwise it is drawn in every round.
+        prior_std: τ; `None`: that of the client's own inputs.
+        shares: For noise that is not kept, the number of rounds that must meet the target together.
+    """
+
+    target_leakage: float
+    covariance: Covariance = "client"
+    kept: bool = True
+    prior_std: float | None = None
+    shares: int = 1
+
+    @classmethod
+    def take(cls, config: MutableMapping[str, Any]) -> InputAdvice | None:
+        """Removes the advice from a config and returns it; `None` if there is none.
+
+        Raises:
+            RecordError: It cannot be read. It is removed all the same.
+        """
+        written = config.pop(INPUT_ADVICE_KEY, None)
+        if written is None:
+            return None
+        try:
+            entries = json.loads(written)
+            prior_std = entries["prior_std"]
+            advice = cls(
+                target_leakage=float(entries["target_leakage"]),
+                covariance=entries["covariance"],
+                kept=bool(entries["kept"]),
+                prior_std=None if prior_std is None else float(prior_std),
+                shares=int(entries["shares"]),
+            )
+        except (ValueError, TypeError, LookupError, RecursionError, OverflowError) as error:
+            raise RecordError(f"expected advice from the server, got {written!r:.80}") from error
+        known = advice.prior_std is None or (math.isfinite(advice.prior_std) and advice.prior_std > 0)
+        sound = 0 < advice.target_leakage < 1 and known and advice.shares >= 1
+        if not sound or advice.covariance not in get_args(Covariance):
+            raise RecordError(f"expected advice of noise on the inputs, got {written!r:.200}")
+        return advice
+
+    def entries(self) -> dict[str, str]:
+        """Returns the entry that carries the advice in a config."""
+        return {INPUT_ADVICE_KEY: json.dumps(asdict(self))}
+
+
+class InputProtection:
+    """Puts the advised noise on what a client trains on, in one round.
+
+    Args:
+        advice: What to do.
+        state: The client's own, which keeps the noise.
+        capture: Records the training for the audit, which is told of the noise; `None` where none is asked for.
+        generator: Of the noise.
+        memory_budget: Bytes of graph.
+    """
+
+    def __init__(
+        self,
+        advice: InputAdvice,
+        state: RecordDict,
+        capture: TrainingCapture | None,
+        generator: np.random.Generator,
+        *,
+        memory_budget: int,
+    ) -> None:
+        self._advice = advice
+        self._capture = capture
+        self._generator = generator
+        self._memory_budget = memory_budget
+        self._state = state
+        self._kept = KeptNoise() if not advice.kept else KeptNoise.read(state)
+        self._notes: dict[str, None] = {}
+        self._leakage: list[float] = []
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Lets `protected_inputs` act inside the block, and keeps what is to be kept after it."""
+        token = _ACTIVE.set(self)
+        try:
+            yield
+        finally:
+            _ACTIVE.reset(token)
+            if self._advice.kept:
+                self._kept.write(self._state)
+
+    def protect(
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        labels: Tensor,
+        *,
+        loss: Loss,
+        public: tuple[Tensor, Tensor] | None,
+        bounds: Bounds | None,
+    ) -> Tensor:
+        """Returns x + a, within the bounds."""
+        if not inputs.is_floating_point():
+            raise InvalidInputError(f"expected floating-point inputs to put noise on, got {inputs.dtype}")
+        x: Numbers = inputs.detach().cpu().numpy()
+        self._kept.prior_std = self._prior_std(x)
+        keys = [_key(row) for row in x]
+        self._draw_missing(keys, model, inputs.detach(), labels, loss, public)
+        noise, leakage = (np.stack(parts) for parts in zip(*(self._kept.draws[key] for key in keys), strict=True))
+        shift = InputShift(
+            noise=noise,
+            leakage=leakage,
+            prior_std=self._kept.prior_std,
+            covariance=self._advice.covariance,
+            kept=self._advice.kept,
+            bounds=None if bounds is None else (_bound(bounds[0], x), _bound(bounds[1], x)),
+            note="; ".join(self._notes),
+        )
+        moved = torch.from_numpy(shift.on(x)).to(inputs.device)
+        self._leakage.extend(leakage[leakage < 1].tolist())
+        if self._capture is not None:
+            self._capture.add_shift(inputs, labels, moved, shift)
+        return moved
+
+    @property
+    def leakage(self) -> float | None:
+        """The most that x + a tells of any example that got noise in this round; `None` if none did."""
+        return max(self._leakage, default=None)
+
+    def _draw_missing(
+        self,
+        keys: list[bytes],
+        model: nn.Module,
+        inputs: Tensor,
+        labels: Tensor,
+        loss: Loss,
+        public: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        """Draws noise for examples that have none, and puts more on what was drawn for a higher target."""
+        advice, kept = self._advice, self._kept
+        for key in dict.fromkeys(keys):
+            if key in kept.draws and kept.draws[key][1] > advice.target_leakage * (1 + _SLACK):
+                noise, leakage = kept.draws[key]
+                more = topped_up(
+                    noise,
+                    float(leakage),
+                    target_leakage=advice.target_leakage,
+                    prior_std=kept.prior_std,
+                    generator=self._generator,
+                )
+                kept.draws[key] = (more[0], np.float64(more[1]))
+        first: dict[bytes, int] = {}
+        for index, key in enumerate(keys):
+            if key not in kept.draws:
+                first.setdefault(key, index)
+        if not first:
+            return
+        at = list(first.values())
+        draw = draw_for_examples(
+            GradientUpdate(model, loss),
+            {name: p.detach() for name, p in model.named_parameters()},
+            inputs[at],
+            labels[at],
+            target_leakage=advice.target_leakage,
+            prior_std=kept.prior_std,
+            covariance=advice.covariance,
+            public=public,
+            generator=self._generator,
+            memory_budget=self._memory_budget,
+        )
+        # T draws of T times the variance tell together what one of the variance itself does.
+        scale = 1.0 if advice.kept else math.sqrt(advice.shares)
+        if draw.note:
+            self._notes[draw.note] = None
+        for key, noise, leakage in zip(first, draw.noise.cpu().numpy(), draw.leakage.cpu().numpy(), strict=True):
+            kept.draws[key] = ((scale * noise).astype(noise.dtype), np.float64(leakage))
+
+    def _prior_std(self, x: Numbers) -> float:
+        """Returns τ, and takes what was kept under another one for what it leaks under this one."""
+        before = self._kept.prior_std
+        now = self._advice.prior_std or before or float(x.std(dtype=np.float64))
+        if before and now != before:
+            self._kept.draws = {
+                key: (noise, np.float64(leakage_under(np.asarray(leakage), before, now)))
+                for key, (noise, leakage) in self._kept.draws.items()
+            }
+        return now
+
+
+class KeptNoise:
+    """Noise by example, with what it leaks of it; without noise, an example is drawn for again in the next round."""
+
+    def __init__(self) -> None:
+        self.draws: dict[bytes, tuple[Numbers, np.float64]] = {}
+        self.prior_std = 0.0
+
+    @classmethod
+    def read(cls, state: RecordDict) -> KeptNoise:
+        """Returns what a client's state keeps."""
+        kept = cls()
+        head, arrays = state.config_records.get(_KEPT_KEY), state.array_records.get(_KEPT_ARRAYS_KEY)
+        if head is not None and arrays is not None:
+            keys = cast(list[bytes], head["keys"])
+            rows, leakage = arrays["noise"].numpy(), arrays["leakage"].numpy()
+            kept.draws = {key: (row, np.float64(value)) for key, row, value in zip(keys, rows, leakage, strict=True)}
+            kept.prior_std = float(cast(float, head["prior_std"]))
+        return kept
+
+    def write(self, state: RecordDict) -> None:
+        """Puts what is to be kept into a client's state."""
+        draws = {key: draw for key, draw in self.draws.items() if draw[1] < 1}
+        if not draws:
+            return
+        noise, leakage = (np.stack(parts) for parts in zip(*draws.values(), strict=True))
+        state[_KEPT_KEY] = ConfigRecord({"keys": list(draws), "prior_std": self.prior_std})
+        state[_KEPT_ARRAYS_KEY] = ArrayRecord({"noise": FlowerArray(noise), "leakage": FlowerArray(leakage)})
+
+
+def _key(example: Numbers) -> bytes:
+    header = f"{example.dtype}{example.shape}".encode()
+    return hashlib.sha256(header + np.ascontiguousarray(example).tobytes()).digest()[:16]
+
+
+def _bound(bound: float | Tensor, inputs: Numbers) -> Numbers:
+    array: Numbers = np.asarray(
+        bound.detach().cpu().numpy() if isinstance(bound, Tensor) else bound, dtype=inputs.dtype
+    )
+    return array
