@@ -5,8 +5,9 @@ Names are imported on first use, so that the command line and the ledger start w
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fl_privacy.lazy import lazy_names
 
 if TYPE_CHECKING:
     from fl_privacy.audit.estimate import LeakageEstimate, Source, Status
@@ -50,38 +51,30 @@ __all__ = [
     "sample_input_noise",
 ]
 
-_HOMES = {
-    "GaussianPrior": "fl_privacy.influence.prior",
-    "GradientUpdate": "fl_privacy.influence.update",
-    "GramSum": "fl_privacy.influence.operators",
-    "Influence": "fl_privacy.influence.i2f",
-    "InputNoise": "fl_privacy.influence.sampling",
-    "Interval": "fl_privacy.interval",
-    "LeakageEstimate": "fl_privacy.audit.estimate",
-    "LocalTrainingUpdate": "fl_privacy.influence.training",
-    "MeanGram": "fl_privacy.influence.operators",
-    "NoiseRecommendation": "fl_privacy.influence.recommendation",
-    "ProtectedDirections": "fl_privacy.influence.directions",
-    "Source": "fl_privacy.audit.estimate",
-    "Spectrum": "fl_privacy.influence.spectrum",
-    "Status": "fl_privacy.audit.estimate",
-    "UpdateJacobian": "fl_privacy.influence.jacobian",
-    "draw_input_noise": "fl_privacy.influence.sampling",
-    "estimate_spectrum": "fl_privacy.influence.spectrum",
-    "influence": "fl_privacy.influence.i2f",
-    "influence_lower_bound": "fl_privacy.influence.i2f",
-    "protected_directions": "fl_privacy.influence.directions",
-    "recommend_noise": "fl_privacy.influence.recommendation",
-    "sample_input_noise": "fl_privacy.influence.sampling",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    return globals().setdefault(name, value)  # `influence` is there by now: the package, which is callable
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "GaussianPrior": "influence.prior",
+        "GradientUpdate": "influence.update",
+        "GramSum": "influence.operators",
+        "Influence": "influence.i2f",
+        "InputNoise": "influence.sampling",
+        "Interval": "interval",
+        "LeakageEstimate": "audit.estimate",
+        "LocalTrainingUpdate": "influence.training",
+        "MeanGram": "influence.operators",
+        "NoiseRecommendation": "influence.recommendation",
+        "ProtectedDirections": "influence.directions",
+        "Source": "audit.estimate",
+        "Spectrum": "influence.spectrum",
+        "Status": "audit.estimate",
+        "UpdateJacobian": "influence.jacobian",
+        "draw_input_noise": "influence.sampling",
+        "estimate_spectrum": "influence.spectrum",
+        "influence": "influence.i2f",
+        "influence_lower_bound": "influence.i2f",
+        "protected_directions": "influence.directions",
+        "recommend_noise": "influence.recommendation",
+        "sample_input_noise": "influence.sampling",
+    },
+)

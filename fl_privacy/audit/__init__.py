@@ -5,8 +5,9 @@ Names are imported on first use: the ledger and the estimate work without torch,
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fl_privacy.lazy import lazy_names
 
 if TYPE_CHECKING:
     from fl_privacy.audit.auditor import Auditor
@@ -35,30 +36,21 @@ __all__ = [
     "TrainingTrace",
 ]
 
-_HOMES = {
-    "AuditSettings": "settings",
-    "AuditTask": "task",
-    "Auditor": "auditor",
-    "Defence": "claims",
-    "Executor": "executor",
-    "LeakageEstimate": "estimate",
-    "Ledger": "ledger",
-    "Policy": "policy",
-    "RayExecutor": "pool",
-    "SerialExecutor": "executor",
-    "Source": "estimate",
-    "Status": "estimate",
-    "TrainingTrace": "task",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "AuditSettings": "settings",
+        "AuditTask": "task",
+        "Auditor": "auditor",
+        "Defence": "claims",
+        "Executor": "executor",
+        "LeakageEstimate": "estimate",
+        "Ledger": "ledger",
+        "Policy": "policy",
+        "RayExecutor": "pool",
+        "SerialExecutor": "executor",
+        "Source": "estimate",
+        "Status": "estimate",
+        "TrainingTrace": "task",
+    },
+)

@@ -5,8 +5,9 @@ Names are imported on first use: TensorBoard and Prometheus come with extras of 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fl_privacy.lazy import lazy_names
 
 if TYPE_CHECKING:
     from fl_privacy.monitoring.callback import RoundCallback, RoundSummary, summarize
@@ -15,22 +16,13 @@ if TYPE_CHECKING:
 
 __all__ = ["PrometheusCallback", "RoundCallback", "RoundSummary", "TensorBoardCallback", "summarize"]
 
-_HOMES = {
-    "PrometheusCallback": "prometheus",
-    "RoundCallback": "callback",
-    "RoundSummary": "callback",
-    "TensorBoardCallback": "tensorboard",
-    "summarize": "callback",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "PrometheusCallback": "prometheus",
+        "RoundCallback": "callback",
+        "RoundSummary": "callback",
+        "TensorBoardCallback": "tensorboard",
+        "summarize": "callback",
+    },
+)
