@@ -8,10 +8,14 @@ import sys
 import pytest
 
 import fl_privacy
+import fl_privacy.audit
 import fl_privacy.influence
+import fl_privacy.monitoring
+
+PACKAGES = [fl_privacy, fl_privacy.audit, fl_privacy.influence, fl_privacy.monitoring]
 
 
-@pytest.mark.parametrize("package", [fl_privacy, fl_privacy.influence], ids=["root", "engine"])
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
 def test_every_public_name_resolves(package: object) -> None:
     names: list[str] = package.__all__  # type: ignore[attr-defined]
     assert names == sorted(names)
@@ -30,7 +34,11 @@ def test_what_is_not_exported_is_an_attribute_error() -> None:
 ORDERS = """
 import fl_privacy
 ---
+import fl_privacy.audit
 import fl_privacy.influence
+import fl_privacy.monitoring
+
+PACKAGES = [fl_privacy, fl_privacy.audit, fl_privacy.influence, fl_privacy.monitoring]
 ---
 from fl_privacy.influence.i2f import influence as solver
 ---
