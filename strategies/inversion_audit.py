@@ -25,6 +25,7 @@ from fl_privacy.audit.executor import Executor
 from fl_privacy.audit.ledger import Ledger
 from fl_privacy.audit.metrics import Origin, RoundMetrics
 from fl_privacy.audit.policy import Policy, PolicyAction
+from fl_privacy.audit.rounds import RoundsTogether
 from fl_privacy.audit.settings import AuditSettings
 from fl_privacy.audit.task import Array
 from fl_privacy.audit.wording import joined
@@ -139,6 +140,7 @@ class InversionAudit(Strategy):
         self.expect_aggregates = False  # whether replies that are all the same mean secure aggregation
         self._names: dict[int, str] = {}
         self._requests: dict[int, Request] = {}
+        self._rounds = RoundsTogether()
         self._advised: dict[int, Advice | InputAdvice | None] = {}
         self._auditor = Auditor(model, loss, settings=settings, executor=executor, time_limit=time_limit)
         self._layout = ParameterLayout.of(model)
@@ -248,7 +250,7 @@ class InversionAudit(Strategy):
             weighted_by=_weight_of(self.strategy),
             expect_aggregates=self.expect_aggregates,
         )
-        rows = [self._act(reading) for reading in self._audit(readings)]
+        rows = [self._rounds.add(self._act(reading), reading.task) for reading in self._audit(readings)]
         self.estimates.extend(rows)
         self._write(rows)
         self._display.round(server_round, rows)

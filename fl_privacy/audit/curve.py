@@ -49,6 +49,17 @@ class LeakageCurve:
                 return float(near ** (1 - share) * far**share)
         return pairs[-1][0]
 
+    def leakage_at(self, noise_std: float) -> float:
+        """Returns the leakage at a noise level, log σ interpolated; beyond the curve's ends that of its ends."""
+        pairs = list(zip(self.noise_std, self.value, strict=True))
+        if noise_std <= pairs[0][0]:
+            return pairs[0][1]
+        for (near, above), (far, below) in itertools.pairwise(pairs):
+            if near <= noise_std <= far:
+                share = 1.0 if far == near else math.log(noise_std / near) / math.log(far / near)
+                return (1 - share) * above + share * below
+        return pairs[-1][1]
+
     def rounded(self) -> LeakageCurve:
         """Returns the curve in few digits, as rows hold it; the bounds are rounded outwards and still hold."""
         unit = 10.0**_DIGITS

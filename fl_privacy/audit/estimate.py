@@ -107,6 +107,9 @@ class LeakageEstimate:
     """`example` (one example is private) or `batch` (the whole batch is)."""
     units_audited: int | None = None
     leakage: Interval[float] | None = None
+    rounds_leakage: Interval[float] | None = None
+    """Leakage of one example over all of the client's rounds so far, this one included: two bounds that hold, from each
+    round's own leakage, and between them an estimate as if every round had this one's eigenvectors."""
     leakage_mean: float | None = None
     """Mean over the audited examples; equals `leakage.value` for unit `batch`."""
     worst_example: int | None = None
@@ -205,8 +208,9 @@ class LeakageEstimate:
                 values[item.name] = _decode(value) if item.name in _DECODED else value
         values["status"] = Status(values["status"])
         values["source"] = Source(values.get("source", Source.NONE))
-        if values.get("leakage") is not None:
-            values["leakage"] = Interval(*values["leakage"])
+        for name in ("leakage", "rounds_leakage"):
+            if values.get(name) is not None:
+                values[name] = Interval(*values[name])
         if values.get("curve") is not None:
             values["curve"] = LeakageCurve.from_dict(values["curve"])
         if "examples" in values:

@@ -81,6 +81,9 @@ def summary_table(estimates: Iterable[LeakageEstimate], *, title: str | None = N
     table.add_column("worst leakage", justify="right", no_wrap=True)
     table.add_column("in round", justify="right", no_wrap=True)
     table.add_column("last leakage", justify="right", no_wrap=True)
+    several = any(len(history.rounds) > 1 for _, history in histories)
+    if several:
+        table.add_column("all rounds\ntogether", justify="right", no_wrap=True)
     table.add_column(
         _noise_heading([history.neediest for _, history in histories if history.neediest]),
         justify="right",
@@ -98,6 +101,7 @@ def summary_table(estimates: Iterable[LeakageEstimate], *, title: str | None = N
             _leakage_cell(worst),
             str(worst.server_round) if worst else ABSENT,
             _leakage_cell(last),
+            *([Text(_bounds(last), style=_leakage_style(last.rounds_leakage if last else None))] if several else []),
             number_text(history.neediest.required_noise_std if history.neediest else None),
             *acted.cells(last),
             Text(statuses, style="" if all(status.has_estimate for status in history.statuses) else "yellow"),
@@ -183,6 +187,12 @@ def _size(value: float) -> float:
 def _leakage_cell(row: LeakageEstimate | None) -> Text:
     interval = None if row is None else row.leakage
     return Text(leakage_text(interval), style=_leakage_style(interval))
+
+
+def _bounds(row: LeakageEstimate | None) -> str:
+    """Returns `≤ 0.93`, what all rounds tell at most."""
+    known = None if row is None else row.rounds_leakage
+    return ABSENT if known is None else f"≤ {min(1.0, math.ceil(100 * known.upper) / 100):.2f}"
 
 
 def _leakage_style(interval: Interval[float] | None) -> str:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _ON_UPDATE = ("pruning", "optimal defenses", "soteria", "rank-one")
+_NO_ATTACK = "none"
 _DENSE = 1024
 """Inputs of at most so many elements have their eigenvectors computed."""
 _STRENGTHS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
@@ -52,6 +53,7 @@ class NoiseSettings(SceneSettings):
         True, "Also pruning, Optimal Defenses, Soteria and rank-one noise; forms J, for small inputs."
     )
     searching: bool = option(True, "Also run Gauss-Newton; off, errors are those of the posterior mean alone.")
+    attacking: bool = option(True, "Also what attacks rebuild; off, only how much noise changes an update.")
     num_probes: int = option(4, "Probes of the spectrum.", minimum=1)
     max_steps: int = option(256, "Lanczos steps per probe.", minimum=1)
     draw_steps: int = option(1024, "Lanczos steps per draw of shaped noise.", minimum=1)
@@ -66,7 +68,8 @@ class NoiseRow:
     target: float
     defence: str
     attack: str
-    """`posterior mean`, `gauss-newton`, or either with a denoiser after it."""
+    """`posterior mean`, `gauss-newton`, or either with a denoiser after it; `none` where only the change was measured,
+    and errors are those that are predicted."""
     leakage: float
     """Of the best linear-Gaussian attacker; above the target where the defence cannot meet it."""
     predicted: float
@@ -99,12 +102,14 @@ def _portions(settings: NoiseSettings) -> Iterator[Portion[NoiseRow]]:
 
 
 def _attack_names(settings: NoiseSettings) -> list[str]:
+    if not settings.attacking:
+        return [_NO_ATTACK]
     plain = ["posterior mean", *(["gauss-newton"] if settings.searching else [])]
     return [*plain, *(f"{name}, {denoiser}" for name in plain for denoiser in _DENOISERS)]
 
 
 def _defences(settings: NoiseSettings) -> list[str]:
-    return ["isotropic", "shaped", "white input", *(_ON_UPDATE if settings.others else ())]
+    return ["isotropic", "shaped", "white input", *(_ON_UPDATE if settings.others and settings.attacking else ())]
 
 
 class _Unit:
@@ -120,7 +125,9 @@ class _Unit:
             self.jacobian, num_probes=settings.num_probes, max_steps=settings.max_steps, rtol=1e-3
         )
         self.dense = (
-            DenseScene(self.jacobian, scene.update.model, scene.prior.std, 7 * image) if settings.others else None
+            DenseScene(self.jacobian, scene.update.model, scene.prior.std, 7 * image)
+            if settings.others and settings.attacking
+            else None
         )
 
     @cached_property
@@ -155,8 +162,9 @@ def _rows(
     law = recommend_noise(unit.spectrum, target_leakage=target, prior_std=tau)
     base: dict[str, tuple[float, float]] = {}
     for defence, leakage, change, found in _defended(settings, unit, law, target):
-        for attack, error, explained in _errors(scene, image, found):
-            predicted = tau * math.sqrt(max(0.0, 1 - leakage))
+        predicted = tau * math.sqrt(max(0.0, 1 - leakage))
+        errors = _errors(scene, image, found) if settings.attacking else [(_NO_ATTACK, predicted, True)]
+        for attack, error, explained in errors:
             if defence == "isotropic":
                 base[attack] = (error, predicted)
             yield NoiseRow(
@@ -210,15 +218,11 @@ def _defended(
     delta = sigma * normal[None]
     reached = float(unit.spectrum.leakage(sigma, tau).value)
     noise = IsotropicNoise(torch.full((1,), sigma, dtype=torch.float64))
-    yield (
-        "isotropic",
-        reached,
-        float(delta.norm()),
-        {
-            "posterior mean": _Result(_posterior_mean(unit, delta, (sigma / tau) ** 2)),
-            **_search(settings, unit, unit.update + delta, noise),
-        },
-    )
+    found: Found = {}
+    if settings.attacking:
+        found["posterior mean"] = _Result(_posterior_mean(unit, delta, (sigma / tau) ** 2))
+        found |= _search(settings, unit, unit.update + delta, noise)
+    yield "isotropic", reached, float(delta.norm()), found
     shaped = draw_input_noise(
         unit.jacobian, law, 10 * unit.image + scene.seed, max_steps=settings.draw_steps, rtol=2e-3
     )
@@ -267,9 +271,11 @@ def _on_input(
     def share(nodes: Tensor) -> Tensor:
         return tau**2 / (tau**2 + variance(nodes))
 
-    mean = unit.mu + unit.of_gram(share, unit.x + a - unit.mu)
-    found: Found = {"posterior mean": _Result(_image(unit, mean), raw=_image(unit, unit.x + a))}
-    if settings.searching:
+    found: Found = {}
+    if settings.attacking:
+        mean = unit.mu + unit.of_gram(share, unit.x + a - unit.mu)
+        found["posterior mean"] = _Result(_image(unit, mean), raw=_image(unit, unit.x + a))
+    if settings.attacking and settings.searching:
         wide = GaussianPrior(prior.mean, math.sqrt(tau**2 + float(a.square().mean())))
         exact = EXACT * float(unit.update.square().mean().sqrt())
         problem = replace(unit.scene.problem([unit.image], shared, exact), prior=wide)

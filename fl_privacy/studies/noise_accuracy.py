@@ -2,8 +2,12 @@
 
 A federation whose clients hold `batch` examples each, and share the gradient of all of them in every round. Leakage is
 of one example, whose rest of the batch the attacker knows, over all rounds together: the information of several shares
-adds up, G_1/σ² + ... + G_T/σ² for isotropic noise, and T/h for input noise that is drawn anew in every round. Noise on
-the input that is drawn once and kept leaks no more in many rounds than in one.
+adds up, G_1/σ_1² + ... + G_T/σ_T² for isotropic noise, and T/h for input noise that is drawn anew in every round. Noise
+on the input that is drawn once and kept leaks no more in many rounds than in one.
+
+Isotropic noise moves the parameters to where gradients, and with them leakage, may be larger. So its σ_t follows the
+run: in proportion to what one share would need at this round's parameters, by a factor that is sought until the leakage
+of all rounds together, measured along the very run, is the target.
 """
 
 from __future__ import annotations
@@ -36,8 +40,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ARMS = ("none", "isotropic", "shaped kept", "shaped fresh", "white kept", "pruning")
-_SLACK = 1.1
+_SLACK = 1.02
 """Measured leakage over its target from which on an arm has missed it."""
+_TRIES, _STEP = 14, 0.25
+"""Most runs in search of the factor on isotropic noise, and the steps in its logarithm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +61,8 @@ class AccuracySettings(Settings):
     momentum: float = option(0.9, "Server's momentum.", minimum=0)
     num_public: int = option(8, "Public examples that shape the noise.", minimum=1)
     num_audited: int = option(4, "Examples whose leakage over the run is followed.", minimum=1)
-    checkpoints: int = option(5, "Rounds at which it is followed; those between are interpolated.", minimum=2)
-    num_seeds: int = option(2, "Repetitions of noise and initialization.", minimum=1)
+    checkpoints: int = option(10, "Rounds at which it is followed; those between are interpolated.", minimum=2)
+    num_seeds: int = option(3, "Repetitions of noise and initialization.", minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +79,11 @@ class AccuracyRow:
     """On the test set, after the last round; NaN where the arm cannot meet the target."""
     leakage: float
     """Of the audited examples over the whole run, mean: measured along this very run for isotropic noise, by the law
-    for noise on the input."""
+    for noise on the input. An arm of which it is not the target could not meet it."""
     strength: float
-    """σ per parameter of a client's update; rms of the noise on the input; share of entries kept."""
+    """σ per parameter of a client's update in the first round; rms of the noise on the input; share of entries kept."""
+    relative_noise: float
+    """Noise that one share would need at the start, on the average of all clients, over the norm of that average."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,33 +158,37 @@ def _train(
     num_rounds: int,
     generator: torch.Generator,
     *,
-    noise_std: float = 0.0,
+    target: float | None = None,
+    factor: float = 0.0,
+    dilution: float = 1.0,
     kept: Tensor | None = None,
     fresh: Tensor | None = None,
     pruned: tuple[int, int] | None = None,
-    follow: bool = False,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Returns the parameters after the last round and, where it is followed, Σ G_t `[n, D, D]` of audited examples.
+    """Returns the parameters after the last round and, with isotropic noise, Σ G_t/σ_t² `[n, D, D]` of the audited.
 
     Args:
         federation: Who trains.
         num_rounds: T.
         generator: Of all noise.
-        noise_std: Of isotropic noise on the average of all clients.
+        target: Of isotropic noise, whose σ_t is `factor` times what a share needs for it at the parameters of round t.
+        factor: On it.
+        dilution: What becomes of the noise of a client of one example on the average of all clients.
         kept: Noise on the inputs `[M, D]`, drawn once.
         fresh: Root of the covariance of noise on the inputs `[D, D]`, drawn anew in every round.
         pruned: (batch size, entries that each client keeps).
-        follow: Whether to sum up G.
     """
     settings = federation.settings
     x, y, *_ = federation.data
     params, velocity = federation.start, {name: torch.zeros_like(p) for name, p in federation.start.items()}
     at = torch.linspace(0, num_rounds - 1, min(settings.checkpoints, num_rounds)).round().long().tolist()
     audited = slice(0, settings.num_audited)
-    total, shown = None, []
+    shown, stds = [], []
     for t in range(num_rounds):
-        if follow and t in at:
+        if target is not None and t in at:
             shown.append(federation.grams(params, x[audited], y[audited]))
+            stds.append(factor * _noise_for(shown[-1], target, federation.prior.std))
+        noise_std = dilution * stds[-1] if stds else 0.0
         inputs = x
         if kept is not None:
             inputs = x + kept.reshape(x.shape)
@@ -192,19 +204,17 @@ def _train(
             noisy = g + noise_std * torch.randn(g.shape, generator=generator) if noise_std else g
             velocity[name] = settings.momentum * velocity[name] + noisy
         params = {name: p - settings.lr * velocity[name] for name, p in params.items()}
-    if follow:
-        total = _interpolated_sum(shown, at)
-    return params, total
+    return params, _interpolated_sum(shown, stds, at) if target is not None else None
 
 
-def _interpolated_sum(shown: list[Tensor], at: list[int]) -> Tensor:
-    """Σ_t G_t over all rounds from those at some, by the trapezoidal rule on whole rounds."""
+def _interpolated_sum(shown: list[Tensor], stds: list[float], at: list[int]) -> Tensor:
+    """Σ_t G_t/σ_t² over all rounds, G_t interpolated between those at some, from each of which on σ_t was kept."""
     total = torch.zeros_like(shown[0])
-    for (first, last), (a, b) in zip(pairwise(at), pairwise(shown), strict=True):
+    for (first, last), (a, b), std in zip(pairwise(at), pairwise(shown), stds, strict=False):
         for t in range(first, last):
             weight = (t - first) / (last - first)
-            total += (1 - weight) * a + weight * b
-    return total + shown[-1]
+            total += ((1 - weight) * a + weight * b) / std**2
+    return total + shown[-1] / stds[-1] ** 2
 
 
 def _pruned_gradient(
@@ -271,9 +281,14 @@ def _portions(settings: AccuracySettings) -> Iterator[Portion[AccuracyRow]]:
 def _rows(federation: _Federation, num_rounds: int) -> Iterator[AccuracyRow]:
     settings, tau = federation.settings, federation.prior.std
     generator = torch.Generator().manual_seed(1_000_003 * federation.seed + num_rounds)
-    params, total = _train(federation, num_rounds, generator, follow=True)
-    assert total is not None
-    undefended = float(_leakage(total * 1e12, tau).mean())
+    params, _ = _train(federation, num_rounds, generator)
+    audited = slice(0, settings.num_audited)
+    x, y, *_ = federation.data
+    start = federation.grams(federation.start, x[audited], y[audited])
+    undefended = float(_leakage(start * 1e12, tau).mean())
+    mean = federation.gradient(federation.start, x, y)
+    norm = math.sqrt(sum(float(g.square().sum()) for g in mean.values()))
+    update_dim = sum(g.numel() for g in mean.values())
 
     def row(batch: int, target: float, arm: str, accuracy: float, leakage: float, strength: float) -> AccuracyRow:
         return AccuracyRow(
@@ -285,8 +300,13 @@ def _rows(federation: _Federation, num_rounds: int) -> Iterator[AccuracyRow]:
             accuracy=accuracy,
             leakage=leakage,
             strength=strength,
+            relative_noise=math.nan
+            if target == 1
+            else _noise_for(start, target, tau) * dilution_of[batch] * math.sqrt(update_dim) / norm,
         )
 
+    # An example of a batch of N has J/N, and the average over clients divides their noise by the root of their number.
+    dilution_of = {batch: 1 / batch / math.sqrt(settings.num_examples // batch) for batch in settings.batch_sizes}
     for batch in settings.batch_sizes:
         yield row(batch, 1.0, "none", federation.accuracy(params), undefended, 0.0)
     for target in settings.targets:
@@ -294,7 +314,9 @@ def _rows(federation: _Federation, num_rounds: int) -> Iterator[AccuracyRow]:
             for batch in settings.batch_sizes:
                 yield row(batch, target, arm, accuracy, leakage, strength)
         for batch in settings.batch_sizes:
-            yield row(batch, target, "isotropic", *_isotropic(federation, num_rounds, target, batch, total, generator))
+            yield row(
+                batch, target, "isotropic", *_isotropic(federation, num_rounds, target, batch, dilution_of[batch])
+            )
             yield row(batch, target, "pruning", *_pruning(federation, num_rounds, target, batch, generator))
 
 
@@ -324,25 +346,33 @@ def _on_inputs(
 
 
 def _isotropic(
-    federation: _Federation, num_rounds: int, target: float, batch: int, total: Tensor, generator: torch.Generator
+    federation: _Federation, num_rounds: int, target: float, batch: int, dilution: float
 ) -> tuple[float, float, float]:
-    """Accuracy, leakage along the very run, and σ of a client, which is corrected for the run's own G."""
-    tau, clients = federation.prior.std, federation.settings.num_examples // batch
-    sigma, leakage = _noise_for(total, target, tau), math.nan
-    for _ in range(3):
-        # An example of a batch of N has J/N, and the average over clients divides the noise by their root.
-        params, followed = _train(
-            federation, num_rounds, generator, noise_std=sigma / batch / math.sqrt(clients), follow=True
-        )
+    """Accuracy, leakage along the very run, and σ of a client in its first round."""
+    tau, seed = federation.prior.std, 1_000_003 * federation.seed + 7 * num_rounds
+    x, y, *_ = federation.data
+    audited = slice(0, federation.settings.num_audited)
+    first = _noise_for(federation.grams(federation.start, x[audited], y[audited]), target, tau)
+
+    def run(log_factor: float) -> tuple[float, float]:
+        generator = torch.Generator().manual_seed(seed)  # the same noise but for its size
+        factor = math.exp(log_factor)
+        params, followed = _train(federation, num_rounds, generator, target=target, factor=factor, dilution=dilution)
         assert followed is not None
-        leakage = float(_leakage(followed / sigma**2, tau).mean())
-        if leakage <= 1.02 * target:
+        return federation.accuracy(params), float(_leakage(followed, tau).mean())
+
+    # Upwards to the first factor that meets the target: beyond it, noise may ruin the model, and leakage with it grow.
+    tried: list[tuple[float, float, float]] = []
+    at, low, high = math.log(num_rounds) / 2 - _STEP, -math.inf, math.inf
+    for _ in range(_TRIES):
+        accuracy, leakage = run(at)
+        tried.append((at, accuracy, leakage))
+        if abs(leakage / target - 1) < 0.01:
             break
-        needed = max(sigma, _noise_for(followed, target, tau))
-        used, sigma = sigma, needed
-    else:
-        sigma = used
-    return federation.accuracy(params), leakage, sigma / batch
+        low, high = (at, high) if leakage > target else (low, at)
+        at = at + _STEP if high == math.inf else at - _STEP if low == -math.inf else (low + high) / 2
+    at, accuracy, leakage = min(tried, key=lambda run: abs(math.log(run[2] / target)))
+    return accuracy, leakage, math.exp(at) * first / batch
 
 
 def _pruning(
