@@ -81,8 +81,8 @@ def summary_table(estimates: Iterable[LeakageEstimate], *, title: str | None = N
     table.add_column("worst leakage", justify="right", no_wrap=True)
     table.add_column("in round", justify="right", no_wrap=True)
     table.add_column("last leakage", justify="right", no_wrap=True)
-    several = any(len(history.rounds) > 1 for _, history in histories)
-    if several:
+    together = any(history.last and history.last.rounds_leakage for _, history in histories)
+    if together:
         table.add_column("all rounds\ntogether", justify="right", no_wrap=True)
     table.add_column(
         _noise_heading([history.neediest for _, history in histories if history.neediest]),
@@ -101,7 +101,7 @@ def summary_table(estimates: Iterable[LeakageEstimate], *, title: str | None = N
             _leakage_cell(worst),
             str(worst.server_round) if worst else ABSENT,
             _leakage_cell(last),
-            *([Text(_bounds(last), style=_leakage_style(last.rounds_leakage if last else None))] if several else []),
+            *([Text(_bounds(last), style=_leakage_style(last.rounds_leakage if last else None))] if together else []),
             number_text(history.neediest.required_noise_std if history.neediest else None),
             *acted.cells(last),
             Text(statuses, style="" if all(status.has_estimate for status in history.statuses) else "yellow"),
