@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -166,6 +167,14 @@ class TestProcess:
         script = str(Path(sys.executable).with_name("fl-privacy"))
         for command in ([], ["verify"], ["show"]):
             assert "Exit codes: 0" in self.run(script, *command, "--help").stdout
+        for command, words in (
+            ("verify", "Path of a SQLite ledger"),
+            ("audit", "returns the model"),
+            ("init", "folder"),
+        ):
+            arguments = re.search(r"Arguments.*?Options", self.run(script, command, "--help").stdout, re.DOTALL)
+            assert arguments is not None
+            assert words in arguments.group(0), command
         assert self.run(script, "--version").stdout.startswith("fl-privacy ")
 
     def test_the_heavy_libraries_stay_out(self) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ def load_arrays(path: Path) -> dict[str, Array]:
         try:
             with np.load(path, allow_pickle=False) as archive:
                 loaded: Any = {name: archive[name] for name in archive.files}
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise InvalidInputError(f"{path} cannot be read as .npz: {error}") from error
         if loaded and all(name.startswith("arr_") for name in loaded):  # np.savez(path, *arrays)
             loaded = [loaded[f"arr_{index}"] for index in range(len(loaded))]
@@ -103,7 +105,8 @@ def load_weights(path: Path, model: nn.Module) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise InvalidInputError(f"{path} does not hold the weights of this model: {error}") from error
+        reason = " ".join(str(error).split())
+        raise InvalidInputError(f"{path} does not hold the weights of this model: {reason}") from error
 
 
 def _array(path: Path, name: str, value: object) -> Array:

@@ -122,6 +122,7 @@ def _measure(
     seen = observed_perturbation(shared, replay.reference)
     # What nothing explains is not credited: an update that was not reproduced counts as undefended.
     credited = torch.where(replay.verified, seen.noise_std, 0.0).double()
+    delta = torch.where(replay.verified[:, None], seen.delta, 0.0)
 
     examples = [_chosen_examples(task, settings) for task in group]  # equally many for each client
     units = len(examples[0])
@@ -149,7 +150,7 @@ def _measure(
     )
     # The scale is known to its standard error.
     doubt = (2 * seen.scale_error / seen.scale).double()
-    found = exposure(jacobian, spectrum, seen.delta[client_of], credited[client_of], doubt[client_of], settings)
+    found = exposure(jacobian, spectrum, delta[client_of], credited[client_of], doubt[client_of], settings)
     blocks = noise_blocks(shared, replay.reference, layout.sizes)
     split = blocks.split & replay.verified
     if split.any():
@@ -193,8 +194,8 @@ def _measure(
                 worst_label=_class_of(task, example),
                 rmse=float(found.rmse[worst]),
                 psnr=_psnr(float(found.rmse[worst]), settings.data_range),
-                i2f=_number(found.influence[worst]),
-                lower_bound=_number(found.lower_bound[worst]),
+                i2f=_number(found.influence[worst]) if replay.verified[index] else None,
+                lower_bound=_number(found.lower_bound[worst]) if replay.verified[index] else None,
                 input_noise="" if task.shift is None else task.shift.covariance,
                 input_noise_kept=None if task.shift is None else task.shift.kept,
                 input_noise_leakage=None if task.shift is None else float(law[mine].max()),

@@ -10,13 +10,15 @@ import torch
 from torch import nn
 
 from fl_privacy.audit.auditor import Auditor
-from fl_privacy.audit.estimate import LeakageEstimate
+from fl_privacy.audit.estimate import LeakageEstimate, Status
 from fl_privacy.audit.settings import AuditSettings
 from fl_privacy.audit.task import Array, AuditTask, TrainingTrace
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.influence.jacobian import UpdateJacobian
 from fl_privacy.influence.layout import ParameterLayout
 from fl_privacy.influence.update import GradientUpdate, Loss
+
+_MULTIPLE_RTOL = 1e-4
 
 
 def audit_gradient(
@@ -68,14 +70,35 @@ def audit_gradient(
         trace=TrainingTrace(optimizer="SGD", batches=(tuple(range(len(inputs))),), lr=(1.0,)),
         num_examples=len(inputs),
     )
-    own = _gradient(model, loss, task) if shared is None or defended else None
+    own = _gradient(model, loss, task)
     seen = own if shared is None else shared
-    before = own if clean is None else clean
-    assert seen is not None
+    if not all(np.isfinite(array).all() for array in seen.values()):
+        raise InvalidInputError("expected a finite gradient, got NaN or infinity: training has diverged")
+    if not any(np.any(array) for array in seen.values()):
+        raise InvalidInputError("expected a gradient, got zeros alone: is this the file that was shared?")
+    before = own if clean is None and (defended or _is_multiple(seen, own)) else clean
     task = replace(task, shared=_negated(seen), captured=None if before is None else _negated(before))
     params = {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}
     (row,) = Auditor(model, loss, settings=settings).audit_round(params, [task])
+    if row.status is Status.UNVERIFIED:
+        what = "this is not the batch's gradient" if clean is None else "the clean gradient is not the batch's"
+        hint = (
+            ""
+            if clean is not None
+            else "; if it was perturbed on purpose, give the clean one too, or say that it is defended"
+        )
+        row = replace(row, detail=f"{what}: other weights, another loss, or another batch{hint}")
     return row
+
+
+def _is_multiple(update: Mapping[str, Array], gradient: Mapping[str, Array]) -> bool:
+    """Whether an update is the gradient times a factor, to the precision of float32 sums."""
+    u, g = (
+        np.concatenate([np.ravel(part[name]).astype(np.float64) for name in gradient]) for part in (update, gradient)
+    )
+    if not np.isfinite(u).all() or not np.any(g):
+        return False
+    return bool(np.linalg.norm(u - (u @ g) / (g @ g) * g) <= _MULTIPLE_RTOL * np.linalg.norm(u))
 
 
 def _gradient(model: nn.Module, loss: Loss, task: AuditTask) -> dict[str, Array]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -60,7 +61,8 @@ def audit(
     max_examples: Annotated[int, typer.Option(help="Most examples to audit.")] = 8,
     precision: Annotated[str, typer.Option(help="auto, float32 or float64.")] = "auto",
     fail_above: Annotated[
-        float | None, typer.Option(metavar="LEAKAGE", help="Exit with 1 if the leakage may be above this.")
+        float | None,
+        typer.Option(metavar="LEAKAGE", min=0.0, max=1.0, help="Exit with 1 if the leakage may be above this, 0 to 1."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the estimate as JSON.")] = False,
 ) -> None:
@@ -71,6 +73,8 @@ def audit(
     Example: fl-privacy audit models:lenet --batch batch.pt --gradient gradient.pt
     """
     with user_errors():
+        if fail_above is not None and math.isnan(fail_above):
+            raise InvalidInputError("expected --fail-above in [0, 1], got nan")
         settings = AuditSettings(
             unit=unit,  # type: ignore[arg-type]  # checked when built
             target_leakage=target,
@@ -139,7 +143,7 @@ def load_entry(entry: str) -> tuple[nn.Module, Loss]:
         made = found()
     except FLPrivacyError:
         raise
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise InvalidInputError(f"{entry} cannot be used: {type(error).__name__}: {error}") from error
     model, loss = made if isinstance(made, tuple) and len(made) == 2 else (made, nn.CrossEntropyLoss())
     if not isinstance(model, nn.Module) or not callable(loss):
@@ -159,7 +163,12 @@ def _print(row: LeakageEstimate) -> None:
             "predicted error",
             f"{number_text(row.rmse)} per input element; nothing recovered: {number_text(row.prior_std)}",
         ),
-        ("noise seen", f"{number_text(row.noise_std)} per parameter"),
+        (
+            "noise seen",
+            f"{number_text(row.noise_std)} per parameter"
+            if row.verified
+            else "none that is explained, so none is credited",
+        ),
         (
             "noise needed",
             f"{number_text(row.required_noise_std)} per parameter, to bring leakage to {row.target_leakage:g}",

@@ -34,6 +34,9 @@ MODULE = """
     def broken():
         raise RuntimeError("no such weights")
 
+    def leaves():
+        raise SystemExit(1)
+
     nothing = lambda: 3
 """
 
@@ -106,14 +109,32 @@ class TestNumbers:
         unexplained = row_of("--batch", "batch.pt", "--gradient", "noisy.npz")
         assert (claimed.status, unexplained.status) == (Status.AUDITED, Status.UNVERIFIED)
         assert claimed.leakage.upper < 0.99 < 0.999 < unexplained.leakage.value
+        assert "not the batch's gradient" in unexplained.detail
+
+    def test_what_is_not_credited_in_leakage_is_not_credited_in_any_other_number(self, saved):
+        unexplained = row_of("--batch", "batch.pt", "--gradient", "noisy.npz")
+        assert unexplained.rmse == pytest.approx(PRIOR * (1 - unexplained.leakage.value) ** 0.5, abs=1e-3 * PRIOR)
+        assert (unexplained.i2f, unexplained.lower_bound, unexplained.noise_std) == (None, None, 0.0)
+        claimed = row_of("--batch", "batch.pt", "--gradient", "noisy.npz", "--defended")
+        assert claimed.rmse > 10 * unexplained.rmse
+        assert claimed.i2f > claimed.lower_bound > 0
 
     def test_a_common_factor_changes_nothing(self):
         model, (inputs, labels) = new_model(), examples(0, 4)
         gradient = {name: g.numpy() for name, g in gradient_of(model, inputs, labels).items()}
         scaled = {name: 0.1 * g for name, g in gradient.items()}
-        row = audit_gradient(model, nn.CrossEntropyLoss(), inputs, labels, shared=scaled, clean=gradient)
-        assert row.scale == pytest.approx(0.1)
-        assert row.leakage.value > 0.999
+        for clean in (gradient, None):
+            row = audit_gradient(model, nn.CrossEntropyLoss(), inputs, labels, shared=scaled, clean=clean)
+            assert row.status == Status.AUDITED
+            assert row.scale == pytest.approx(0.1)
+            assert row.leakage.value > 0.999
+
+    @pytest.mark.parametrize(("value", "words"), [(0.0, "got zeros alone"), (float("nan"), "got NaN or infinity")])
+    def test_what_is_no_gradient_is_refused(self, value, words):
+        model, (inputs, labels) = new_model(), examples(0, 4)
+        shared = {name: np.full(p.shape, value, np.float32) for name, p in model.named_parameters()}
+        with pytest.raises(InvalidInputError, match=words):
+            audit_gradient(model, nn.CrossEntropyLoss(), inputs, labels, shared=shared, defended=True)
 
     def test_the_whole_batch(self, saved):
         row = row_of("--batch", "batch.pt", "--unit", "batch")
@@ -141,10 +162,14 @@ class TestCommand:
             (["--batch", "batch.pt", "--weights", "batch.npz"], "does not hold the weights of this model"),
             (["--batch", "batch.pt", "--clean", "gradient.pt"], "along with a clean one"),
             (["--batch", "batch.pt", "--target", "2"], "target_leakage strictly between 0 and 1"),
+            (["--batch", "cut.npz"], "cut.npz cannot be read as .npz"),
+            (["--batch", "batch.pt", "--fail-above", "7"], "7.0 is not in the range 0.0<=x<=1.0"),
+            (["--batch", "batch.pt", "--fail-above", "nan"], "expected --fail-above in [0, 1], got nan"),
             (["--batch", "saved_models.py"], "expected a .pt, .pth or .npz file"),
         ],
     )
     def test_what_cannot_be_audited_is_named(self, saved, arguments, words):
+        (saved / "cut.npz").write_bytes((saved / "batch.npz").read_bytes()[:-40])
         result = audit(*arguments)
         assert (result.exit_code, result.stdout) == (2, "")
         assert words in " ".join(result.stderr.split())
@@ -156,6 +181,7 @@ class TestCommand:
             ("saved_models:none", "AttributeError"),
             ("no_such_module:model", "No module named"),
             ("saved_models:broken", "RuntimeError: no such weights"),
+            ("saved_models:leaves", "SystemExit: 1"),
             ("saved_models:nothing", "got int"),
         ],
     )
