@@ -32,10 +32,10 @@ class RoundSummary:
     """A round in a few numbers; leakage is `None` where no client has an estimate.
 
     Attributes:
-        leakage_max: Of the most exposed client.
-        leakage_mean: Over the clients with an estimate.
+        leakage_max: Largest estimate (middle of the interval) of any client.
+        leakage_mean: Mean estimate over the clients that have one.
         clients: Number of rows.
-        above_target: Clients with a leakage above their target.
+        above_target: Clients whose leakage may be above their target: the upper end of the interval is.
         not_known: Clients of which nothing is known.
     """
 
@@ -48,14 +48,14 @@ class RoundSummary:
 
 def summarize(rows: Sequence[LeakageEstimate]) -> RoundSummary:
     """Returns a round in a few numbers."""
-    known = [(row.leakage.value, row.target_leakage) for row in rows if row.leakage is not None]
-    known = [(value, target) for value, target in known if math.isfinite(value)]
-    values = [value for value, _ in known]
+    known = [(row.leakage, row.target_leakage) for row in rows if row.leakage is not None]
+    known = [(leakage, target) for leakage, target in known if all(map(math.isfinite, leakage))]
+    values = [leakage.value for leakage, _ in known]
     return RoundSummary(
         leakage_max=max(values, default=None),
         leakage_mean=sum(values) / len(values) if values else None,
         clients=len(rows),
-        above_target=sum(target is not None and value > target for value, target in known),
+        above_target=sum(target is not None and leakage.upper > target for leakage, target in known),
         not_known=len(rows) - len(known),
     )
 
@@ -75,7 +75,7 @@ def client_numbers(row: LeakageEstimate) -> dict[str, float]:
 
 def most_exposed(rows: Sequence[LeakageEstimate], count: int) -> list[LeakageEstimate]:
     """Returns the rows of at most so many clients: those of which nothing is known, then the most exposed."""
-    return sorted(rows, key=lambda row: -client_numbers(row).get("leakage", math.inf))[:count]
+    return sorted(rows, key=lambda row: -client_numbers(row).get("leakage_upper", math.inf))[:count]
 
 
 def client_name(row: LeakageEstimate) -> str:

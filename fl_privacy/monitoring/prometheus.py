@@ -18,10 +18,10 @@ _CLIENT_GAUGES = {
     "required_noise_std": "Noise per parameter that would bring the leakage to the target",
 }
 _ROUND_GAUGES = {
-    "leakage_max": "Leakage of the most exposed client",
+    "leakage_max": "Largest leakage of any client, the middle of its interval",
     "leakage_mean": "Mean leakage over the clients with an estimate",
     "clients": "Clients that were asked",
-    "above_target": "Clients with a leakage above their target",
+    "above_target": "Clients whose leakage may be above their target: its upper bound is",
     "not_known": "Clients of which nothing is known",
 }
 

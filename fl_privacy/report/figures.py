@@ -142,7 +142,7 @@ def noise_figure(row: LeakageEstimate) -> str | None:
             if needed and target is not None and np.isfinite(needed):
                 height = target if of_leakage else _at(curve.noise_std, curve.rmse(prior or 0.0), needed)
                 axes.axvline(needed, color=_SECOND, linewidth=0.8, linestyle="--")
-                axes.plot([needed], [height], color=_SECOND, marker="D", linestyle="", label="recommended")
+                axes.plot([needed], [height], color=_SECOND, marker="D", linestyle="", label="needed in all")
                 if of_leakage:
                     axes.axhline(target, color=_SECOND, linewidth=0.8, linestyle="--")
             seen = row.noise_std

@@ -31,8 +31,8 @@ class Cell(NamedTuple):
 
     @property
     def above(self) -> bool | None:
-        """Whether the leakage is above the target; `None` if nothing is known."""
-        return None if self.leakage is None else self.leakage.value > self.target
+        """Whether the leakage may be above the target: its upper end is; `None` if nothing is known."""
+        return None if self.leakage is None else not self.leakage.upper <= self.target
 
 
 @dataclass
@@ -135,9 +135,14 @@ class RunHistory:
         return {c.name: c.cells[server_round] for c in self.clients if server_round in c.cells}
 
     def worst(self) -> ClientHistory | None:
-        """Returns who leaks most in the last round, of equals who needs more noise; `None` if nothing is known."""
+        """Returns who may leak most in the last round, of equals who needs more noise; `None` if nothing is known."""
         known = [c for c in self.clients if self.last_round in c.cells and c.cells[self.last_round].leakage]
         return max(known, key=lambda c: _exposure(c.cells[self.last_round]), default=None)
+
+    def neediest(self) -> ClientHistory | None:
+        """Returns who of those above their own targets in the last round may leak most; if none, the worst."""
+        above = [c for c in self.clients if self.last_round in c.cells and c.cells[self.last_round].above]
+        return max(above, key=lambda c: _exposure(c.cells[self.last_round]), default=self.worst())
 
     def change(self) -> Change | None:
         """Returns what changed since the round before; `None` in the first round."""
@@ -203,9 +208,9 @@ def _ranked(clients: Iterable[ClientHistory]) -> tuple[ClientHistory, ...]:
     return tuple(sorted(named, key=lambda client: _exposure(client.known), reverse=True))
 
 
-def _exposure(cell: Cell | None) -> tuple[float, float]:
-    """Returns what to rank by: leakage, then the noise that is needed."""
+def _exposure(cell: Cell | None) -> tuple[float, float, float]:
+    """Returns what to rank by: the upper end of the leakage, its middle, then the noise that is needed."""
     if cell is None or cell.leakage is None:
-        return (-1.0, 0.0)
+        return (-1.0, -1.0, 0.0)
     noise = cell.noise_std if cell.noise_std is not None and math.isfinite(cell.noise_std) else 0.0
-    return (cell.leakage.value, noise)
+    return (cell.leakage.upper, cell.leakage.value, noise)

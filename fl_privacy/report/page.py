@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import math
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from importlib import resources
@@ -13,11 +14,12 @@ from typing import Any
 
 from fl_privacy.audit.chain import Verification
 from fl_privacy.audit.estimate import LeakageEstimate
-from fl_privacy.audit.wording import ABSENT, leakage_text, number_text, plain, shortened
+from fl_privacy.audit.policy import Policy
+from fl_privacy.audit.wording import ABSENT, joined, leakage_text, number_text, plain, shortened
 from fl_privacy.extras import require
 from fl_privacy.interval import Interval
 from fl_privacy.report import figures
-from fl_privacy.report.history import Cell, ClientHistory, RunHistory
+from fl_privacy.report.history import DEFAULT_TARGET, Cell, ClientHistory, RunHistory
 from fl_privacy.report.pictures import Picture
 
 HEAT_CLIENTS, HEAT_ROUNDS = 40, 24
@@ -59,7 +61,9 @@ def render_report(
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters.update(name=_name, names=_names, leakage=leakage_text, number=number_text, plain=_detail)
+    environment.filters.update(
+        name=_name, names=_names, leakage=leakage_text, number=number_text, plain=_detail, met=_met, needs=_needs
+    )
     files = resources.files("fl_privacy.report")
     script = files.joinpath("report.js").read_text(encoding="utf-8")
     style = files.joinpath("report.css").read_text(encoding="utf-8")
@@ -94,23 +98,68 @@ def render_report(
 def headline(history: RunHistory) -> dict[str, Any]:
     """Returns what there is to know in a minute, as plain values: who leaks, how much, since when, and what to do."""
     cells = history.cells_of(history.last_round)
-    worst = history.worst()
+    worst, neediest = history.worst(), history.neediest()
     row = None if worst is None else worst.cells[history.last_round]
     change = history.change()
-    needed = None if row is None or row.noise_std is None or not math.isfinite(row.noise_std) else row.noise_std
     return {
         "run": history.run_id,
         "round": history.last_round,
         "target": history.target,
         "clients": len(cells),
+        "targets": sorted({cell.target for cell in cells.values() if cell.leakage}) or [history.target],
         "above_target": sum(bool(cell.above) for cell in cells.values()),
         "not_known": sum(cell.leakage is None for cell in cells.values()),
         "worst_client": None if worst is None else worst.name,
         "worst_leakage": None if row is None or row.leakage is None else list(row.leakage),
         "worst_above_since": None if worst is None else worst.above_since(history.last_round),
-        "required_noise_std": needed,
+        "what_to_do": None if neediest is None or neediest.measured is None else _remedy(neediest.measured),
         "change": None if change is None else {name: list(clients) for name, clients in change._asdict().items()},
     }
+
+
+def _remedy(row: LeakageEstimate) -> dict[str, Any]:
+    """Returns what a client's row says is to be done, every σ per parameter and in units of its undefended update.
+
+    With `target_met`, the upper end of the leakage is at most the target, and there is nothing to do. Otherwise
+    `total_noise_std` is what has to be on the update in all, and `noise_to_add_std` what is missing of it beside the
+    noise that the client is credited with, √(σ_r² − σ_o²); both are `None` where no finite noise is known to do.
+    """
+    target = DEFAULT_TARGET if row.target_leakage is None else row.target_leakage
+    met = row.leakage is not None and row.leakage.upper <= target
+    required = row.required_noise_std
+    finite = not met and required is not None and math.isfinite(required) and required > 0
+    policy = Policy()
+    return {
+        "client": row.client,
+        "target": target,
+        "target_met": met,
+        "observed_noise_std": row.noise_std if row.noise_std is not None and math.isfinite(row.noise_std) else None,
+        "total_noise_std": required if finite else None,
+        "noise_to_add_std": policy.missing_noise_std(required, policy.own_noise_std(row))
+        if finite and required is not None
+        else None,
+    }
+
+
+def _met(remedy: dict[str, Any]) -> str:
+    """Returns in words why there is nothing to do."""
+    observed = remedy["observed_noise_std"]
+    there = f"with the noise that is on it (σ = {number_text(observed)})" if observed else "without noise"
+    return f"the target of {remedy['target']:g} is met, {there}"
+
+
+def _needs(remedy: dict[str, Any]) -> str:
+    """Returns in words what total noise does, and what of it is to be added."""
+    there, missing = "there is none yet", ""
+    if remedy["observed_noise_std"]:
+        there = f"σ = {number_text(remedy['observed_noise_std'])} was observed"
+        credited = remedy["noise_to_add_std"] < remedy["total_noise_std"]
+        missing = f"σ = {number_text(remedy['noise_to_add_std'])} is to be added"
+        missing = missing if credited else f"none of it can be credited, so {missing}"
+    return (
+        f"noise on each parameter of its update, what is there included, that brings its leakage to "
+        f"{remedy['target']:g}; {joined(there, missing)}"
+    )
 
 
 def _worst_text(history: RunHistory) -> str:
@@ -170,7 +219,7 @@ def _rounds(history: RunHistory) -> list[dict[str, Any]]:
                 "round": server_round,
                 "clients": len(cells),
                 "highest": highest,
-                "median": sorted(leakage.value for leakage in known)[len(known) // 2] if known else None,
+                "median": statistics.median(leakage.value for leakage in known) if known else None,
                 "above": sum(bool(cell.above) for cell in cells.values()),
                 "unknown": sum(cell.leakage is None for cell in cells.values()),
                 "accuracy": {origin: values.get(server_round) for origin, values in accuracy.items()},
@@ -187,6 +236,7 @@ def _card(client: ClientHistory, history: RunHistory) -> dict[str, Any]:
         "last": client.last,
         "cell": client.cells[max(client.cells)],
         "since": client.above_since(max(client.cells)),
+        "remedy": None if row is None else _remedy(row),
         "figure": None if row is None else figures.noise_figure(row),
         "statuses": _counts(client.statuses),
         "examples": [] if row is None else row.examples,

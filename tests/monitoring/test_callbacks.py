@@ -41,6 +41,8 @@ class TestProtocol:
         assert summarize(ROUNDS[0]) == RoundSummary(
             leakage_max=0.9, leakage_mean=pytest.approx(0.6), clients=3, above_target=1, not_known=1
         )
+        doubtful = replace(row("e", 0.4), leakage=Interval(0.3, 0.4, 0.6))
+        assert summarize([doubtful]).above_target == 1  # as the alert on leakage_upper has it
         diverged = replace(row("d", 0.5), leakage=Interval(math.nan, math.nan, math.nan))
         assert summarize([diverged]) == RoundSummary(
             leakage_max=None, leakage_mean=None, clients=1, above_target=0, not_known=1

@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from typer.testing import CliRunner
 from fl_privacy.audit.estimate import Status
 from fl_privacy.audit.ledger import Ledger
 from fl_privacy.cli import app
+from fl_privacy.interval import Interval
 from fl_privacy.report import read_history
-from fl_privacy.report.page import headline
+from fl_privacy.report.page import _rounds, headline
 from fl_privacy.report.pictures import find_pictures
 
 from .cases import HOSTILE, audited, silent
@@ -65,12 +67,20 @@ class TestHeadline:
             "round": 2,
             "target": 0.5,
             "clients": 6,
+            "targets": [0.5],
             "above_target": 3,
             "not_known": 1,
             "worst_client": "1",
             "worst_leakage": [0.95, 0.97, 0.99],
             "worst_above_since": 1,
-            "required_noise_std": 0.025,
+            "what_to_do": {
+                "client": "1",
+                "target": 0.5,
+                "target_met": False,
+                "observed_noise_std": pytest.approx(0.0044, rel=0.01),
+                "total_noise_std": 0.025,
+                "noise_to_add_std": 0.025,
+            },
             "change": {"rose": ["2"], "fell": ["3"], "lost": ["4"], "joined": ["10"]},
         }
 
@@ -79,8 +89,57 @@ class TestHeadline:
         assert "client 1 leakage 0.97 [0.95, 0.99], above target since round 1" in text
         assert "3 of 6 50 %; of 1 more nothing is known" in text
         assert "1 up, 1 down now above target: 2. now below: 3. no longer known: 4." in text
-        assert "σ = 0.025" in text
+        assert "σ = 0.025 in all" in text
+        assert "σ = 0.0044 was observed; none of it can be credited, so σ = 0.025 is to be added" in text
         assert "Untouched: 14 rows" in text
+
+    def test_a_client_within_its_target_is_told_to_do_nothing(self, tmp_path):
+        path = tmp_path / "l.db"
+        with Ledger(path) as ledger:
+            ledger.append([audited(1, "a", 0.3)], run_id="r")  # with noise of 0.0153, of which the target needs 0.01
+        page = report(path)
+        assert "What to do about client a nothing the target of 0.5 is met, with the noise that is on it" in page.text
+        assert (
+            "Nothing is recommended: the target of 0.5 is met, with the noise that is on it (σ = 0.0153)" in page.text
+        )
+        assert "in all (norm" not in page.text
+
+    def test_noise_that_is_credited_is_not_added_again(self, tmp_path):
+        with Ledger(tmp_path / "l.db") as ledger:
+            ledger.append([audited(1, "a", 0.7, verified=True, even_noise=True)], run_id="r")
+            found = headline(read_history(ledger))["what_to_do"]
+        own = audited(1, "a", 0.7).curve.noise_std_at(0.72)
+        assert 0.004 < own < found["total_noise_std"] == 0.01
+        assert found["noise_to_add_std"] ** 2 + own**2 == pytest.approx(0.01**2)
+
+    def test_who_may_be_above_counts_as_above_and_comes_first(self, tmp_path):
+        path = tmp_path / "l.db"
+        with Ledger(path) as ledger:
+            doubtful = replace(audited(1, "doubtful", 0.4), leakage=Interval(0.3, 0.4, 0.6))
+            ledger.append([audited(1, "sure", 0.45), doubtful], run_id="r")
+            found = headline(read_history(ledger))
+        assert (found["worst_client"], found["above_target"], found["what_to_do"]["client"]) == (
+            "doubtful",
+            1,
+            "doubtful",
+        )
+        assert "It counts who may be above: the upper end of the interval is." in report(path).text
+
+    def test_whom_to_protect_is_above_its_own_target(self, tmp_path):
+        path = tmp_path / "l.db"
+        with Ledger(path) as ledger:
+            ledger.append(
+                [audited(1, "a", 0.8, target_leakage=0.9), audited(1, "b", 0.3, target_leakage=0.1)], run_id="r"
+            )
+            found = headline(read_history(ledger))
+        assert (found["worst_client"], found["what_to_do"]["client"]) == ("a", "b")
+        assert "each its own (0.1 to 0.9) 1 of 2" in report(path).text
+
+    def test_the_median_of_two_is_between_them(self, tmp_path):
+        with Ledger(tmp_path / "l.db") as ledger:
+            ledger.append([audited(1, "a", 0.8), audited(1, "b", 0.3)], run_id="r")
+            history = read_history(ledger)
+        assert _rounds(history)[0]["median"] == pytest.approx(0.55)
 
     def test_an_equal_leak_that_needs_more_noise_is_worse(self, tmp_path):
         with Ledger(tmp_path / "l.db") as ledger:
