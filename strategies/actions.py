@@ -14,8 +14,10 @@ from flwr.app import Message
 from flwr.supercore import log
 
 from fl_privacy.audit.estimate import LeakageEstimate
+from fl_privacy.audit.family import cheaper_family, relative_noise
 from fl_privacy.audit.policy import Policy
 from fl_privacy.audit.replay import AuditContext
+from fl_privacy.audit.settings import Family
 from fl_privacy.audit.task import Array, AuditTask
 from fl_privacy.audit.wording import joined
 from fl_privacy.flower.advice import Advice, noisy
@@ -53,6 +55,9 @@ class PolicyActions:
         self._advice: dict[int, Advice] = {}
         self._required: dict[int, float] = {}
         self._own: dict[int, float] = {}
+        self._families: dict[int, Family] = {}
+        self._sizes: dict[int, int] = {}
+        self._targets: dict[int, float] = {}
 
     def target_of(self, client: str) -> float:
         """Returns the leakage that a client is to be brought down to."""
@@ -65,11 +70,36 @@ class PolicyActions:
             node_id: Flower's.
             client: Its name; empty as long as it gave none.
         """
-        if self.policy.action == "advise" and self.policy.family == "shaped" and not self.policy.dry_run:
+        shaped = self.policy.action == "advise" and self._family_of(node_id) == "shaped"
+        if shaped and not self.policy.dry_run:
             # Who has no name yet might be anyone: noise that leaks less than it may can be kept, more cannot be undone.
             lowest = min([self._target_leakage, *self.policy.targets.values()])
             return self._input_advice(self.target_of(client) if client else lowest)
         return self._advice.get(node_id)
+
+    def choose_families(self, average_norm: float) -> None:
+        """Decides, after a round, for clients of which enough is known by now, which family costs less.
+
+        Args:
+            average_norm: Of what the round changed the global parameters by.
+        """
+        if self.policy.family != "auto":
+            return
+        for node_id, required in self._required.items():
+            if node_id in self._families:
+                continue
+            relative = relative_noise(
+                required,
+                update_dim=self._sizes[node_id],
+                average_norm=average_norm,
+                num_clients=len(self._required),
+            )
+            self._families[node_id] = cheaper_family(relative, target_leakage=self._targets[node_id])
+
+    def _family_of(self, node_id: int) -> Family:
+        """Returns the family of noise for a client; isotropic as long as nothing is known of it."""
+        family = self.policy.family
+        return self._families.get(node_id, "isotropic") if family == "auto" else family
 
     def _input_advice(self, target: float) -> InputAdvice:
         return InputAdvice(
@@ -115,13 +145,14 @@ class PolicyActions:
         least noise of its own that a client showed. Its own is measured only while there is none of ours: a client that
         clips clips harder then, and its noise looks larger than it is.
         """
-        if self.policy.family == "shaped":
-            return self._advise_shaped(row)
+        if self._family_of(node_id) == "shaped":
+            return self._advise_shaped(node_id, row)
         if node_id in self._advice and row.applied_noise_std is None and row.status.has_estimate:
             row = replace(row, detail=joined(row.detail, "the client did not put the advised noise on its update"))
         if row.required_noise_std is None or row.target_leakage is None or not math.isfinite(row.required_noise_std):
             return row
         self._required[node_id] = max(self._required.get(node_id, 0.0), row.required_noise_std)
+        self._sizes[node_id], self._targets[node_id] = row.update_dim or 0, row.target_leakage
         if row.applied_noise_std is None:
             self._own[node_id] = min(self._own.get(node_id, math.inf), self.policy.own_noise_std(row))
         std = self.policy.missing_noise_std(self._required[node_id], self._own.get(node_id, 0.0))
@@ -134,7 +165,7 @@ class PolicyActions:
             )
         return row
 
-    def _advise_shaped(self, row: LeakageEstimate) -> LeakageEstimate:
+    def _advise_shaped(self, node_id: int, row: LeakageEstimate) -> LeakageEstimate:
         """Says in a row what became of the noise that is advised for the inputs: the advice itself needs no row."""
         if self.policy.dry_run:
             if row.leakage is None or row.target_leakage is None or row.leakage.upper <= row.target_leakage:
@@ -142,6 +173,10 @@ class PolicyActions:
             return _not_done(row, f"noise on the inputs for a leakage of {row.target_leakage:g} would be advised")
         if row.advised_input_leakage is not None and not row.input_noise and row.status.has_estimate:
             missing = "the client did not put the advised noise on its inputs (protected_inputs in its training code)"
+            if self.policy.family == "auto":
+                self._families[node_id] = "isotropic"
+                missing += ": isotropic noise is advised from here on"
+                row = self._advise(node_id, row)
             return replace(row, detail=joined(row.detail, missing))
         return row
 

@@ -12,6 +12,7 @@ from logging import INFO, WARNING
 from pathlib import Path
 from typing import Literal, get_args
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
@@ -221,6 +222,8 @@ class InversionAudit(Strategy):
     ) -> Iterable[Message]:
         """Returns the inner strategy's messages, each with a request for a report."""
         self._check_model(arrays)
+        if self._arrays is not None:
+            self._actions.choose_families(_distance(self._arrays, arrays, self._layout.names))
         self._arrays = arrays
         self._sent = list(self.strategy.configure_train(server_round, arrays, config, grid))
         for message in self._sent:
@@ -398,6 +401,12 @@ class InversionAudit(Strategy):
                 raise InvalidInputError(
                     f"expected {name} of the model's shape {list(shape)}, got {list(arrays[name].shape)}"
                 )
+
+
+def _distance(before: ArrayRecord, after: ArrayRecord, names: Sequence[str]) -> float:
+    """Returns the norm of what changed between two rounds in the named arrays."""
+    parts = (after[name].numpy().astype(np.float64) - before[name].numpy() for name in names)
+    return math.sqrt(sum(float(np.square(part).sum()) for part in parts))
 
 
 def _weight_of(strategy: Strategy) -> str | None:

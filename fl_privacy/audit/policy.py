@@ -13,8 +13,8 @@ from fl_privacy.audit.settings import Covariance
 from fl_privacy.errors import InvalidInputError
 
 PolicyAction = Literal["report", "advise", "perturb", "exclude"]
-Family = Literal["isotropic", "shaped"]
-"""Where noise is put: on the update, or on the private inputs that it is computed from."""
+FamilyChoice = Literal["isotropic", "shaped", "auto"]
+"""A family of noise, or the one that costs less by `fl_privacy.audit.family`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +39,11 @@ class Policy:
         limit: Leakage above which `exclude` leaves a client out, on the upper end of its interval. `None`: its target.
         margin: Factor on the noise that is advised: it was measured a round before it is used, and training goes on.
         shares: T, the number of shares of one example that must meet the target together. Kept noise needs none.
-        family: `isotropic` or `shaped`. The server can put shaped noise on (`perturb`) only where clients hand over
-            their batches and their training is reproduced; elsewhere its noise is isotropic, and rows say so.
+        family: `isotropic`, `shaped`, or, for `advise`, `auto`: the first audit of a client decides which of the two
+            costs the model less (`fl_privacy.audit.family`), and a client that puts no noise on its inputs when it is
+            advised to is advised isotropic noise from then on. The server can put shaped noise on (`perturb`) only
+            where clients hand over their batches and their training is reproduced; elsewhere its noise is isotropic,
+            and rows say so.
         covariance: What shapes noise on inputs: `client`, the G of each private example, which tells a little of it;
             `public`, that of the public examples that the client's app gives; `white`, nothing.
         kept: Whether shaped noise is drawn once for an example, or in every round.
@@ -57,7 +60,7 @@ class Policy:
     limit: float | None = None
     margin: float = 1.25
     shares: int = 1
-    family: Family = "isotropic"
+    family: FamilyChoice = "isotropic"
     covariance: Covariance = "client"
     kept: bool = True
     dry_run: bool = False
@@ -68,12 +71,14 @@ class Policy:
             raise InvalidInputError(
                 f"expected a policy's action to be one of {', '.join(get_args(PolicyAction))}, got {self.action!r}"
             )
-        for name, options in (("family", Family), ("covariance", Covariance)):
+        for name, options in (("family", FamilyChoice), ("covariance", Covariance)):
             if getattr(self, name) not in get_args(options):
                 raise InvalidInputError(
                     f"expected a policy's {name} to be one of {', '.join(get_args(options))}, "
                     f"got {getattr(self, name)!r}"
                 )
+        if self.family == "auto" and self.action != "advise":
+            raise InvalidInputError(f"expected family isotropic or shaped for the action {self.action}, got auto")
         if self.action == "perturb" and self.family == "shaped" and self.covariance == "public":
             raise InvalidInputError(
                 "expected covariance client or white for noise that the server puts on: public examples are given to "

@@ -11,6 +11,8 @@ from fl_privacy.errors import InvalidInputError
 Unit = Literal["example", "batch"]
 Precision = Literal["auto", "float32", "float64"]
 BatchNorm = Literal["auto", "eval", "train"]
+Family = Literal["isotropic", "shaped"]
+"""Where noise is put: on the update, or on the private inputs that it is computed from."""
 Covariance = Literal["client", "public", "white"]
 """What shapes noise on inputs: the G of each private example, which tells a little of it; that of public examples,
 which tells nothing; or nothing, as much noise in every direction."""

@@ -11,7 +11,7 @@ import torch
 from flwr.app import ConfigRecord
 from torch import nn
 
-from fl_privacy.audit import AuditSettings, Policy, Source, Status
+from fl_privacy.audit import AuditSettings, Policy, Source, Status, family
 from fl_privacy.audit.input_noise import draw_for_examples, leakage_under, shortfall, topped_up
 from fl_privacy.audit.task import InputShift
 from fl_privacy.errors import InvalidInputError
@@ -416,8 +416,8 @@ def test_the_server_puts_nothing_on_what_a_client_protected_itself():
         return call_next(outer, context)
 
     mod = InversionAuditMod(hand_over_batches=True)
-    for family in ("isotropic", "shaped"):
-        strategy = audit(Policy(action="perturb", family=family))
+    for kind in ("isotropic", "shaped"):
+        strategy = audit(Policy(action="perturb", family=kind))
         run(strategy, {10: new_app(advising, mod, train=protecting(), count=2)})
         row = rows(strategy, 1)[10]
         assert row.input_noise == "client"
@@ -441,6 +441,32 @@ def test_a_dry_run_puts_nothing_on():
         assert all(row.detail.startswith("dry run: noise on the inputs") for row in dry.estimates)
 
 
+@pytest.mark.parametrize("most", [0.0, 0.6, math.inf])
+def test_the_cheaper_family_is_advised_after_the_first_audit(most, monkeypatch):
+    monkeypatch.setattr(family, "_MOST_PER_BIAS", most)
+    strategy = audit(Policy(action="advise", family="auto"))
+    run(strategy, {node: shaped_app() for node in NODES}, rounds=2)
+    first, second = strategy.strategy.global_arrays
+    moved = np.linalg.norm(flat(second) - flat(first))
+    for node in NODES:
+        before, after = (rows(strategy, r)[node] for r in (1, 2))
+        assert (before.advised_noise_std, before.advised_input_leakage) == (None, None)
+        noise = before.required_noise_std * math.sqrt(before.update_dim / 2)  # on the average of two clients
+        isotropic = noise / moved <= most * math.sqrt(1 / TARGET - 1)
+        assert (after.advised_noise_std is not None) == isotropic
+        assert (after.input_noise == "client") == (not isotropic)
+
+
+def test_a_client_that_cannot_put_noise_on_its_inputs_is_advised_the_other_kind(monkeypatch):
+    monkeypatch.setattr(family, "_MOST_PER_BIAS", 0.0)
+    strategy = audit(Policy(action="advise", family="auto"))
+    run(strategy, {10: audited_app()}, rounds=3)
+    second, third = (rows(strategy, r)[10] for r in (2, 3))
+    assert second.advised_input_leakage == TARGET
+    assert "isotropic noise is advised from here on" in second.detail
+    assert third.applied_noise_std == third.advised_noise_std > 0
+
+
 @pytest.mark.parametrize(
     "entries",
     [
@@ -461,7 +487,8 @@ def test_advice_that_makes_no_sense_is_none(entries):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"family": "rank-one"}, "expected a policy's family to be one of isotropic, shaped"),
+        ({"family": "rank-one"}, "expected a policy's family to be one of isotropic, shaped, auto"),
+        ({"action": "perturb", "family": "auto"}, "expected family isotropic or shaped for the action perturb"),
         ({"covariance": "own"}, "expected a policy's covariance to be one of client, public, white"),
         ({"action": "perturb", "family": "shaped", "covariance": "public"}, "public examples are given to"),
     ],
