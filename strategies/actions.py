@@ -18,9 +18,9 @@ from fl_privacy.audit.family import cheaper_family, relative_noise
 from fl_privacy.audit.policy import Policy
 from fl_privacy.audit.replay import AuditContext
 from fl_privacy.audit.settings import Family
-from fl_privacy.audit.task import Array, AuditTask
+from fl_privacy.audit.task import AuditTask, Numbers
 from fl_privacy.audit.wording import joined
-from fl_privacy.flower.advice import Advice, noisy
+from fl_privacy.flower.advice import Advice, clipped, noisy
 from fl_privacy.flower.protection import InputAdvice
 from fl_privacy.strategies.replies import Reading
 from fl_privacy.strategies.shifting import InputShifting, with_update
@@ -57,6 +57,8 @@ class PolicyActions:
         self._own: dict[int, float] = {}
         self._families: dict[int, Family] = {}
         self._sizes: dict[int, int] = {}
+        self._rounds: dict[int, int] = {}
+        self._bare: set[int] = set()
         self._targets: dict[int, float] = {}
 
     def target_of(self, client: str) -> float:
@@ -70,6 +72,14 @@ class PolicyActions:
             node_id: Flower's.
             client: Its name; empty as long as it gave none.
         """
+        floor = self.policy.floor_std
+        if floor is not None and self.policy.action == "advise" and not self.policy.dry_run:
+            return Advice(
+                noise_std=floor,
+                target_leakage=self.target_of(client),
+                parameters=self._parameters,
+                clip_norm=self.policy.clip_norm,
+            )
         shaped = self.policy.action == "advise" and self._family_of(node_id) == "shaped"
         if shaped and not self.policy.dry_run:
             # Who has no name yet might be anyone: noise that leaks less than it may can be kept, more cannot be undone.
@@ -110,7 +120,7 @@ class PolicyActions:
             shares=self.policy.shares,
         )
 
-    def apply(self, reading: Reading, params: Mapping[str, Array]) -> LeakageEstimate:
+    def apply(self, reading: Reading, params: Mapping[str, Numbers]) -> LeakageEstimate:
         """Returns a client's row with what was done; its update may be changed by then.
 
         An update to which the policy cannot be applied is left out, and the row says why: it must not end the round.
@@ -126,10 +136,12 @@ class PolicyActions:
             detail = joined(reading.row.detail, f"the policy could not be applied: {error}")
             return replace(reading.row, action="excluded", passed_leakage=None, detail=detail)
 
-    def _apply(self, reading: Reading, params: Mapping[str, Array]) -> LeakageEstimate:
+    def _apply(self, reading: Reading, params: Mapping[str, Numbers]) -> LeakageEstimate:
         row = replace(reading.row, passed_leakage=None if reading.row.leakage is None else reading.row.leakage.upper)
         if reading.aggregate or reading.reply is None:
             return row
+        if self.policy.floor_std is not None:
+            return self._with_floor(reading.node_id, reading.reply, row, self.policy.floor_std, params)
         if self.policy.excludes(row):
             return self._left_out(row, "leaks above the limit")
         if self.policy.action == "advise":
@@ -137,6 +149,42 @@ class PolicyActions:
         if self.policy.action == "perturb":
             return self._perturb(reading, reading.reply, row, params)
         return row
+
+    def accounted(self, reading: Reading) -> LeakageEstimate:
+        """Returns a client's row with the ε of all that it shared so far under a floor that it puts on itself.
+
+        Whatever arrived was shared, be it left out afterwards or not.
+        """
+        floor, row = self.policy.floor_std, reading.row
+        shared = reading.reply is not None and not reading.reply.has_error()
+        if floor is None or self.policy.action != "advise" or self.policy.dry_run or not shared:
+            return row
+        if (row.applied_noise_std or 0.0) < floor:
+            self._bare.add(reading.node_id)
+            detail = "the client did not say that it clipped its update and put the floor's noise on it"
+            row = replace(row, detail=joined(row.detail, detail))
+        return self._with_epsilon(reading.node_id, row)
+
+    def _with_epsilon(self, node_id: int, row: LeakageEstimate) -> LeakageEstimate:
+        self._rounds[node_id] = self._rounds.get(node_id, 0) + 1
+        epsilon = math.inf if node_id in self._bare else self.policy.epsilon(self._rounds[node_id])
+        return replace(row, epsilon=epsilon, delta=self.policy.delta)
+
+    def _with_floor(
+        self, node_id: int, reply: Message, row: LeakageEstimate, floor: float, params: Mapping[str, Numbers]
+    ) -> LeakageEstimate:
+        """Puts the floor on an update that arrived, where the server perturbs; nothing more is done for leakage.
+
+        Noise that is rounded to an array's floating-point type is taken for noise of the real numbers, as usual.
+        """
+        if self.policy.dry_run:
+            return _not_done(row, f"updates would be clipped to {self.policy.clip_norm:g} and get noise of {floor:.3g}")
+        if self.policy.action != "perturb" or self.policy.clip_norm is None:
+            return row
+        ((key, arrays),) = reply.content.array_records.items()
+        arrays = clipped(arrays, params, self._parameters, self.policy.clip_norm)
+        reply.content[key] = noisy(arrays, self._parameters, floor, self._generator(row))
+        return self._with_epsilon(node_id, replace(row, action="perturbed", applied_noise_std=floor))
 
     def _advise(self, node_id: int, row: LeakageEstimate) -> LeakageEstimate:
         """Keeps the advice for the client's next round; of a row without an estimate, the last one stands.
@@ -181,7 +229,7 @@ class PolicyActions:
         return row
 
     def _perturb(
-        self, reading: Reading, reply: Message, row: LeakageEstimate, params: Mapping[str, Array]
+        self, reading: Reading, reply: Message, row: LeakageEstimate, params: Mapping[str, Numbers]
     ) -> LeakageEstimate:
         """Puts noise on an update that arrived, in its own scale: an attacker divides out what clipping multiplied."""
         if row.leakage is None or row.target_leakage is None:
@@ -217,7 +265,7 @@ class PolicyActions:
         return replace(row, action="perturbed", applied_noise_std=std, passed_leakage=passed, detail=detail)
 
     def _shift(
-        self, task: AuditTask, reply: Message, row: LeakageEstimate, target: float, params: Mapping[str, Array]
+        self, task: AuditTask, reply: Message, row: LeakageEstimate, target: float, params: Mapping[str, Numbers]
     ) -> LeakageEstimate:
         """Replaces an update by the one that the client's training gives at x + a, in the scale of what arrived."""
         if self.policy.dry_run:

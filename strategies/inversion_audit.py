@@ -151,6 +151,8 @@ class InversionAudit(Strategy):
             parameters=self._layout.names,
             context=lambda: self._auditor.context,
         )
+        if self.policy.floor_std is not None:
+            self._check_floor()
         if self.policy.action == "perturb" and self.policy.family == "shaped" and self.source is not Source.TRUSTED:
             log(
                 WARNING,
@@ -341,7 +343,8 @@ class InversionAudit(Strategy):
 
     def _act(self, reading: Reading) -> LeakageEstimate:
         """Applies the policy to one client, and returns its row with what was done."""
-        reading.row = row = self._checked(reading)
+        reading.row = self._checked(reading)
+        reading.row = row = self._actions.accounted(reading)
         failed = row.status in _FAILURES and self._on_audit_failure == "exclude"
         if reading.reply is None or not reading.aggregable or failed:
             return replace(row, action="excluded")
@@ -389,6 +392,15 @@ class InversionAudit(Strategy):
         except LedgerError as error:
             log(WARNING, "the ledger's head cannot be read: %s", error)
             return ""
+
+    def _check_floor(self) -> None:
+        self.policy.epsilon(1)  # raises here, and not after a round, where the accounting is not installed
+        changing = [name for name, buffer in self._model.named_buffers() if buffer.is_floating_point()]
+        if changing:
+            raise InvalidInputError(
+                f"expected a model without buffers that training changes, got {changing[0]}: clients share it without "
+                "clipping and noise, so there is no ε (use GroupNorm in place of BatchNorm)"
+            )
 
     def _check_model(self, arrays: ArrayRecord) -> None:
         for name, shape in zip(self._layout.names, self._layout.shapes, strict=True):

@@ -99,6 +99,10 @@ class LeakageEstimate:
     """Root mean square of that noise per input element, measured."""
     input_noise_change: float | None = None
     """‖u(x + a) − u(x)‖, measured by running local training on both."""
+    epsilon: float | None = None
+    """ε at `delta` of the client's rounds so far, by the policy's clipping and noise: differential privacy, another
+    number than leakage. Infinite once an update came without; where clients put the noise on, it is their word."""
+    delta: float | None = None
     passed_leakage: float | None = None
     """Upper end of the leakage of what went to the inner strategy; lower than `leakage` where the server perturbed."""
 

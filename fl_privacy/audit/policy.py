@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 from fl_privacy.audit.estimate import LeakageEstimate
 from fl_privacy.audit.settings import Covariance
+from fl_privacy.differential_privacy import GaussianFloor
 from fl_privacy.errors import InvalidInputError
 
 PolicyAction = Literal["report", "advise", "perturb", "exclude"]
@@ -47,6 +48,12 @@ class Policy:
         covariance: What shapes noise on inputs: `client`, the G of each private example, which tells a little of it;
             `public`, that of the public examples that the client's app gives; `white`, nothing.
         kept: Whether shaped noise is drawn once for an example, or in every round.
+        clip_norm: C. Together with `noise_multiplier`, noise is a floor for differential privacy: every update is
+            clipped to norm C and gets N(0, (2zC)²) on each parameter from the first round on, whatever an audit finds,
+            as noise whose size depends on the data is not private. Rows have ε of a client's rounds so far, beside its
+            leakage, and say so where that is above the target: the floor alone is put on.
+        noise_multiplier: z.
+        delta: δ that ε is told for.
         dry_run: Rows say what would be done, and nothing is.
         seed: Of the noise that the server adds. `None`, from the operating system, but for repeatable simulations:
             whoever knows the seed can subtract the noise.
@@ -63,6 +70,9 @@ class Policy:
     family: FamilyChoice = "isotropic"
     covariance: Covariance = "client"
     kept: bool = True
+    clip_norm: float | None = None
+    noise_multiplier: float | None = None
+    delta: float = 1e-5
     dry_run: bool = False
     seed: int | None = None
 
@@ -77,6 +87,7 @@ class Policy:
                     f"expected a policy's {name} to be one of {', '.join(get_args(options))}, "
                     f"got {getattr(self, name)!r}"
                 )
+        self._check_floor()
         if self.family == "auto" and self.action != "advise":
             raise InvalidInputError(f"expected family isotropic or shaped for the action {self.action}, got auto")
         if self.action == "perturb" and self.family == "shaped" and self.covariance == "public":
@@ -95,6 +106,40 @@ class Policy:
             raise InvalidInputError(f"expected a finite margin >= 1, got {self.margin}")
         if self.shares < 1:
             raise InvalidInputError(f"expected shares >= 1, got {self.shares}")
+
+    def _check_floor(self) -> None:
+        if (self.clip_norm is None) != (self.noise_multiplier is None):
+            raise InvalidInputError(
+                "expected clip_norm and noise_multiplier together: one without the other is no floor"
+            )
+        for name in ("clip_norm", "noise_multiplier"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise InvalidInputError(f"expected a finite {name} > 0, got {value}")
+        if not 0 < self.delta < 1:
+            raise InvalidInputError(f"expected delta strictly between 0 and 1, got {self.delta}")
+        if self.clip_norm is not None and (self.action not in ("advise", "perturb") or self.family != "isotropic"):
+            raise InvalidInputError(
+                "expected the action advise or perturb and the family isotropic with a clip_norm, got "
+                f"{self.action} and {self.family}"
+            )
+
+    @property
+    def floor_std(self) -> float | None:
+        """σ of the floor, 2zC; `None` without one."""
+        if self.clip_norm is None or self.noise_multiplier is None:
+            return None
+        return 2 * self.noise_multiplier * self.clip_norm
+
+    def epsilon(self, rounds: int) -> float | None:
+        """Returns ε at δ of so many rounds with the floor, never less than it is; `None` without a floor.
+
+        Raises:
+            ImportError: The extra `dp` is not installed.
+        """
+        if self.noise_multiplier is None:
+            return None
+        return GaussianFloor(noise_multiplier=self.noise_multiplier, rounds=rounds).epsilon(self.delta)
 
     @classmethod
     def of(cls, policy: Policy | PolicyAction) -> Policy:

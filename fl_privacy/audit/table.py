@@ -91,6 +91,9 @@ def summary_table(estimates: Iterable[LeakageEstimate], *, title: str | None = N
     )
     acted = _Acted([history.last for _, history in histories if history.last])
     acted.add_columns(table)
+    private = [history.last.delta for _, history in histories if history.last and history.last.delta is not None]
+    if private:
+        table.add_column(f"ε (δ {private[0]:g})", justify="right", no_wrap=True)
     table.add_column("statuses")
     for client, history in histories:
         worst, last = history.worst, history.last
@@ -104,6 +107,7 @@ def summary_table(estimates: Iterable[LeakageEstimate], *, title: str | None = N
             *([Text(_bounds(last), style=_leakage_style(last.rounds_leakage if last else None))] if together else []),
             number_text(history.neediest.required_noise_std if history.neediest else None),
             *acted.cells(last),
+            *([number_text(last.epsilon if last else None)] if private else []),
             Text(statuses, style="" if all(status.has_estimate for status in history.statuses) else "yellow"),
         )
     return table

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
 
+from fl_privacy.audit.task import Numbers
 from fl_privacy.errors import RecordError
 
 ADVICE_KEY = "fl-privacy-advice"
@@ -25,11 +26,13 @@ class Advice:
         noise_std: σ per parameter, in units of the update.
         target_leakage: Leakage that this is for.
         parameters: Names of the trained parameters: buffers carry counters and variances, which noise would ruin.
+        clip_norm: Norm that the update is clipped to before; `None`: it is not.
     """
 
     noise_std: float
     target_leakage: float
     parameters: tuple[str, ...]
+    clip_norm: float | None = None
 
     @classmethod
     def take(cls, config: MutableMapping[str, Any]) -> Advice | None:
@@ -47,19 +50,27 @@ class Advice:
                 noise_std=float(entries["noise_std"]),
                 target_leakage=float(entries["target_leakage"]),
                 parameters=tuple(str(name) for name in entries["parameters"]),
+                clip_norm=None if entries.get("clip_norm") is None else float(entries["clip_norm"]),
             )
         except (ValueError, TypeError, LookupError, RecursionError, OverflowError) as error:
             raise RecordError(f"expected advice from the server, got {written!r:.80}") from error
         if not (math.isfinite(advice.noise_std) and advice.noise_std >= 0):
             raise RecordError(f"expected advice of finite noise >= 0, got {advice.noise_std}")
+        if advice.clip_norm is not None and not (math.isfinite(advice.clip_norm) and advice.clip_norm > 0):
+            raise RecordError(f"expected advice of a finite clip_norm > 0, got {advice.clip_norm}")
         return advice
 
     def entries(self) -> dict[str, str]:
         """Returns the entry that carries the advice in a config."""
         return {ADVICE_KEY: json.dumps(asdict(self))}
 
-    def follow(self, arrays: ArrayRecord, generator: np.random.Generator) -> ArrayRecord:
+    def follow(self, arrays: ArrayRecord, sent: Mapping[str, Numbers], generator: np.random.Generator) -> ArrayRecord:
         """Returns the arrays with the noise on the trained parameters; names, shapes and types stay.
+
+        Args:
+            arrays: To share.
+            sent: The global arrays by name, which an update is clipped beside.
+            generator: Of the noise.
 
         Raises:
             RecordError: The arrays lack a trained parameter, or one is not of floating-point numbers.
@@ -67,7 +78,31 @@ class Advice:
         missing = [name for name in self.parameters if name not in arrays]
         if missing:
             raise RecordError(f"expected {missing[0]} among the arrays to put noise on, got {list(arrays)[:5]}")
+        if self.clip_norm is not None:
+            arrays = clipped(arrays, sent, self.parameters, self.clip_norm)
         return noisy(arrays, self.parameters, self.noise_std, generator)
+
+
+def clipped(
+    arrays: ArrayRecord, sent: Mapping[str, Numbers], parameters: tuple[str, ...], clip_norm: float
+) -> ArrayRecord:
+    """Returns arrays whose change from those sent, in the named ones, is scaled down to a norm where it is larger.
+
+    Raises:
+        RecordError: Arrays do not fit together, or are not finite: nothing is clipped by what is not a number.
+    """
+    try:
+        change = {name: arrays[name].numpy().astype(np.float64) - sent[name] for name in parameters}
+    except (KeyError, ValueError, TypeError) as error:
+        raise RecordError(f"expected the arrays that were sent, to clip their change: {error}") from error
+    norm = math.sqrt(sum(float(np.square(part).sum()) for part in change.values()))
+    if not math.isfinite(norm):
+        raise RecordError("expected a finite update to clip, got NaN or infinity")
+    factor = min(1.0, clip_norm / norm) if norm > 0 else 1.0
+    scaled = {
+        name: Array((sent[name] + factor * part).astype(arrays[name].numpy().dtype)) for name, part in change.items()
+    }
+    return ArrayRecord({name: scaled.get(name, array) for name, array in arrays.items()})
 
 
 def noisy(

@@ -165,7 +165,7 @@ class Watch:
             log(INFO, "fl_privacy: the advised noise is not put on the update: %s", against)
             return arrays
         try:
-            changed = advice.follow(arrays, generator)
+            changed = advice.follow(arrays, self._sent, generator)
         except RecordError as error:
             log(WARNING, "fl_privacy: the advised noise could not be put on the update: %s", error)
             return arrays
