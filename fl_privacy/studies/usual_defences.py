@@ -216,7 +216,7 @@ def _draw(settings: UsualDefencesSettings, rows: Sequence[UsualDefencesRow], fig
             1.0,
         ]
         axis.plot(ends, ends, color="black", linewidth=1)
-        axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends, title=f"predicted by {title}")
+        axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends, title=f"predicted {title}")
         axis.set_xlabel("predicted error")
     axes[0].set_ylabel("error of the best attack that knows the mechanism")
     axes[0].legend(frameon=False, fontsize=8)

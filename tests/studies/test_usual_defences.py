@@ -22,4 +22,10 @@ def test_pruning_gives_away_what_noise_of_equal_power_would_hide(tmp_path):
     assert pruned.audited_leakage > 0.9999
     assert noise.audited == noise.equal_power
     assert 0.6 < noise.error / noise.audited < 1.5
-    assert "it failed to explain the update in 0%" in (tmp_path / "summary.md").read_text()
+    assert noise.informed_error == noise.error  # Gaussian noise has no shape to use
+    for name, gain in (("laplace", 0.5**0.5), ("quantise", 0.2**0.5)):
+        shaped = rows[name]
+        assert gain < shaped.informed / shaped.equal_power < 1
+        assert shaped.informed_error < 0.9 * shaped.error
+        assert 0.6 < shaped.informed_error / shaped.informed < 1.5
+    assert "least squares failed to explain the update in 0%" in (tmp_path / "summary.md").read_text()
