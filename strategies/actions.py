@@ -237,9 +237,11 @@ class PolicyActions:
         if (row.input_noise or self.policy.family == "shaped") and row.leakage.upper <= row.target_leakage * (1 + 1e-6):
             return row
         if self.policy.family == "shaped":
-            if reading.task is not None and row.verified:
+            if isinstance(reading.task, AuditTask) and row.verified:
                 return self._shift(reading.task, reply, row, row.target_leakage, params)
-            why = "its training was not reproduced" if reading.task is not None else "it handed over no batch"
+            why = (
+                "its training was not reproduced" if isinstance(reading.task, AuditTask) else "it handed over no batch"
+            )
             row = replace(row, detail=joined(row.detail, f"the noise is isotropic, not shaped: {why}"))
         required, target = row.required_noise_std, row.target_leakage
         assert row.leakage is not None

@@ -26,13 +26,15 @@ from fl_privacy.audit.executor import Executor
 from fl_privacy.audit.ledger import Ledger
 from fl_privacy.audit.metrics import Origin, RoundMetrics
 from fl_privacy.audit.policy import Policy, PolicyAction
+from fl_privacy.audit.public import PublicExamples, UpdateTask
 from fl_privacy.audit.rounds import RoundsTogether
 from fl_privacy.audit.settings import AuditSettings
-from fl_privacy.audit.task import Array
+from fl_privacy.audit.task import Array, AuditTask, ClientUpdate
 from fl_privacy.audit.wording import joined
 from fl_privacy.errors import InvalidInputError, LedgerError
 from fl_privacy.flower.advice import Advice
 from fl_privacy.flower.protection import InputAdvice
+from fl_privacy.flower.records import CLAIM
 from fl_privacy.flower.request import Request
 from fl_privacy.influence.layout import ParameterLayout
 from fl_privacy.influence.update import Loss
@@ -43,8 +45,10 @@ from fl_privacy.strategies.replies import Reading, read_replies
 
 OnAuditFailure = Literal["continue", "exclude"]
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
-SOURCES = (Source.TRUSTED, Source.CLIENT)
+SOURCES = (Source.TRUSTED, Source.CLIENT, Source.PROXY, Source.RECONSTRUCTED)
 """Where an audit can take the Jacobian."""
+_BLIND = (Source.PROXY, Source.RECONSTRUCTED)
+"""Those for which clients hand over nothing but their update."""
 
 _FAILURES = frozenset(
     {
@@ -73,7 +77,10 @@ class InversionAudit(Strategy):
         expected_defence: What every client is to do to its update before it shares it. Whether an update shows it is
             seen from the update alone, as is what a client claims (`fl_privacy.audit.claims`); rows say what lacks.
         source: Where the Jacobian is taken: at batches that clients hand over (`trusted`), or on the clients, which
-            audit themselves and send scalars (`client`). Either only for clients that allow it.
+            audit themselves and send scalars (`client`), either only for clients that allow it; at public examples
+            scaled to the update that arrived (`proxy`), or at what an attack rebuilds from it (`reconstructed`), for
+            every client that sends an update. The last two are approximate, and their rows say so.
+        public: Public examples for the last two.
         policy: What follows from a client's leakage: nothing but a row (`report`), advice to the client (`advise`),
             noise that the server adds (`perturb`), or leaving its update out (`exclude`). One of these names, or a
             `Policy`, which says more.
@@ -105,6 +112,7 @@ class InversionAudit(Strategy):
         loss: Loss,
         expected_defence: Defence | None = None,
         source: str | Source = Source.TRUSTED,
+        public: PublicExamples | None = None,
         policy: Policy | PolicyAction = "report",
         settings: AuditSettings | None = None,
         executor: Executor | None = None,
@@ -129,6 +137,7 @@ class InversionAudit(Strategy):
             )
         if source not in SOURCES:
             raise InvalidInputError(f"expected source to be one of {', '.join(SOURCES)}, got {source!r}")
+        _check_public(Source(source), public, model, loss, settings or AuditSettings())
         self.strategy = strategy
         self.source = Source(source)
         self.run_id = run_id or uuid.uuid4().hex[:12]
@@ -139,11 +148,13 @@ class InversionAudit(Strategy):
         self.expected_defence = expected_defence
         self._model, self._cross_entropy = model, isinstance(loss, nn.CrossEntropyLoss)
         self.expect_aggregates = False  # whether replies that are all the same mean secure aggregation
+        self._public_lr = None if public is None else public.lr
+        self._lr: dict[int, float] = {}
         self._names: dict[int, str] = {}
         self._requests: dict[int, Request] = {}
         self._rounds = RoundsTogether()
         self._advised: dict[int, Advice | InputAdvice | None] = {}
-        self._auditor = Auditor(model, loss, settings=settings, executor=executor, time_limit=time_limit)
+        self._auditor = Auditor(model, loss, settings=settings, executor=executor, time_limit=time_limit, public=public)
         self._layout = ParameterLayout.of(model)
         self._actions = PolicyActions(
             self.policy,
@@ -230,6 +241,7 @@ class InversionAudit(Strategy):
         self._sent = list(self.strategy.configure_train(server_round, arrays, config, grid))
         for message in self._sent:
             node_id = message.metadata.dst_node_id
+            self._note_learning_rate(message)
             self._requests[node_id] = request = self._request(node_id)
             advice = self._actions.advice_for(node_id, self._names.get(node_id, ""))
             self._advised[node_id] = advice
@@ -255,7 +267,7 @@ class InversionAudit(Strategy):
             weighted_by=_weight_of(self.strategy),
             expect_aggregates=self.expect_aggregates,
         )
-        rows = [self._rounds.add(self._act(reading), reading.task) for reading in self._audit(readings)]
+        rows = [self._with_rounds(self._act(reading), reading.task) for reading in self._audit(readings)]
         self.estimates.extend(rows)
         self._write(rows)
         self._display.round(server_round, rows)
@@ -294,6 +306,8 @@ class InversionAudit(Strategy):
     def _audit(self, readings: Sequence[Reading]) -> Sequence[Reading]:
         assert self._arrays is not None
         for reading in readings:
+            if reading.shared is not None:
+                reading.task = self._update_task(reading)
             self._note_what_was_asked(reading)
         tasks = [reading.task for reading in readings if reading.task is not None]
         params = {name: array.numpy() for name, array in self._arrays.items()}
@@ -309,15 +323,15 @@ class InversionAudit(Strategy):
     def _have_examined(self, server_round: int, readings: Sequence[Reading]) -> None:
         if self._examine is None or self._arrays is None:
             return
-        audited = [reading for reading in readings if reading.task is not None]
+        audited = [(reading.task, reading.row) for reading in readings if isinstance(reading.task, AuditTask)]
         try:
             self._examine(
                 AuditedRound(
                     server_round=server_round,
                     context=self._auditor.context,
                     params={name: array.numpy() for name, array in self._arrays.items()},
-                    tasks=[reading.task for reading in audited if reading.task is not None],
-                    rows=[reading.row for reading in audited],
+                    tasks=[task for task, _ in audited],
+                    rows=[row for _, row in audited],
                 )
             )
         except Exception:
@@ -325,10 +339,46 @@ class InversionAudit(Strategy):
 
     def _request(self, node_id: int) -> Request:
         """Returns what a client is asked to report."""
+        if self.source in _BLIND:
+            return Request(kind=CLAIM)
         if self.source is not Source.CLIENT:
             return Request()
         target = self._actions.target_of(self._names.get(node_id, ""))
         return Request.for_estimate(replace(self._auditor.settings, target_leakage=target))
+
+    def _with_rounds(self, row: LeakageEstimate, task: ClientUpdate | None) -> LeakageEstimate:
+        """Returns a row with what all rounds tell together; nothing of numbers that are approximate to begin with."""
+        if isinstance(task, UpdateTask):
+            return row
+        return self._rounds.add(row, task if isinstance(task, AuditTask) else None)
+
+    def _note_learning_rate(self, message: Message) -> None:
+        """Keeps the learning rate that a client is told, where the audit is given none."""
+        rates = [config.get("lr") for config in message.content.config_records.values()]
+        known = [rate for rate in (self._public_lr, *rates) if isinstance(rate, int | float) and 0 < rate < math.inf]
+        if known:
+            self._lr[message.metadata.dst_node_id] = float(known[0])
+
+    def _update_task(self, reading: Reading) -> UpdateTask:
+        """Returns what is to be audited of an update whose batch is not handed over."""
+        row, claim = reading.row, reading.claim
+        assert reading.shared is not None
+        assert reading.traces is not None
+        claimed = None if claim is None else claim.noise_std
+        said = [std for std in (row.applied_noise_std, claimed) if std is not None]
+        return UpdateTask(
+            server_round=row.server_round,
+            client=row.client,
+            node_id=reading.node_id,
+            shared=reading.shared,
+            source=self.source,
+            defence=row.defence,
+            num_examples=row.num_examples,
+            applied_noise_std=row.applied_noise_std,
+            traces=reading.traces,
+            claimed_noise_std=max(said, default=None),
+            lr=self._lr.get(reading.node_id),
+        )
 
     def _note_what_was_asked(self, reading: Reading) -> None:
         advice = self._advised.get(reading.node_id)
@@ -367,8 +417,8 @@ class InversionAudit(Strategy):
             detail=joined(row.detail, wrong),
         )
 
-    def _look(self, shared: Mapping[str, Array]) -> Traces:
-        return find_traces(self._model, shared, cross_entropy=self._cross_entropy)
+    def _look(self, shared: Mapping[str, Array], num_examples: int | None) -> Traces:
+        return find_traces(self._model, shared, cross_entropy=self._cross_entropy, rank=num_examples)
 
     def _write(self, rows: Sequence[LeakageEstimate | RoundMetrics]) -> None:
         """Appends rows to the ledger; what it does not take now is tried again with the next round's."""
@@ -419,6 +469,24 @@ def _distance(before: ArrayRecord, after: ArrayRecord, names: Sequence[str]) -> 
     """Returns the norm of what changed between two rounds in the named arrays."""
     parts = (after[name].numpy().astype(np.float64) - before[name].numpy() for name in names)
     return math.sqrt(sum(float(np.square(part).sum()) for part in parts))
+
+
+def _check_public(
+    source: Source, public: PublicExamples | None, model: nn.Module, loss: Loss, settings: AuditSettings
+) -> None:
+    if (source in _BLIND) != (public is not None):
+        raise InvalidInputError(
+            f"expected public examples for source proxy or reconstructed and for no other, got source {source} and "
+            f"public={'None' if public is None else 'PublicExamples(...)'}"
+        )
+    if public is None:
+        return
+    public.check(model, loss)
+    if source is Source.PROXY and (settings.unit != "example" or settings.batch_norm == "train"):
+        raise InvalidInputError(
+            "expected unit='example' and batch_norm 'auto' or 'eval' with source proxy, got "
+            f"unit={settings.unit!r} and batch_norm={settings.batch_norm!r}: public examples stand in one by one"
+        )
 
 
 def _weight_of(strategy: Strategy) -> str | None:

@@ -12,13 +12,15 @@ from flwr.app import ArrayRecord, Message
 
 from fl_privacy.audit.claims import Defence, Traces
 from fl_privacy.audit.estimate import LeakageEstimate, Source, Status
-from fl_privacy.audit.task import Array, AuditTask
+from fl_privacy.audit.task import Array, AuditTask, ClientUpdate
 from fl_privacy.audit.wording import joined
 from fl_privacy.errors import FLPrivacyError, RecordError
-from fl_privacy.flower.records import ESTIMATE, REPORT_KEY, ClientReport, decode_report
+from fl_privacy.flower.records import CLAIM, ESTIMATE, REPORT_KEY, ClientReport, decode_report
 from fl_privacy.flower.request import Request
 from fl_privacy.flower.updates import UnusableUpdateError, shared_update, update_norm
 from fl_privacy.interval import Interval
+
+Look = Callable[[Mapping[str, Array], int | None], Traces | None]
 
 _NORM_RTOL = 0.01
 """How closely the norm that a client audited must be that of what arrived: it is told to three digits."""
@@ -33,6 +35,7 @@ class Reading:
         reply: What it sent; `None` if nothing came.
         row: Its row in the ledger, without an estimate until the audit has one.
         task: What is to be audited; `None` where there is nothing.
+        shared: Its update, where that alone is to be audited.
         aggregable: Whether the inner strategy can average the update.
         aggregate: Whether what arrived is the mean of several clients' updates, which no policy can tell apart.
         named: Whether the row's client is a name that the client gave.
@@ -44,7 +47,8 @@ class Reading:
     node_id: int
     reply: Message | None
     row: LeakageEstimate
-    task: AuditTask | None = None
+    task: ClientUpdate | None = None
+    shared: Mapping[str, Array] | None = None
     aggregable: bool = True
     aggregate: bool = False
     named: bool = False
@@ -63,7 +67,7 @@ def read_replies(
     requests: Mapping[int, Request],
     max_report_bytes: int,
     names: dict[int, str],
-    look: Callable[[Mapping[str, Array]], Traces | None] = lambda _: None,
+    look: Look = lambda _, __: None,
     weighted_by: str | None = None,
     expect_aggregates: bool = False,
 ) -> list[Reading]:
@@ -79,7 +83,7 @@ def read_replies(
         max_report_bytes: Most bytes of a client's report to accept.
         names: By node id, the names that clients gave in their reports: a client that later fails keeps its name.
             What is learned of this round is added.
-        look: Returns what an update alone shows of how it was defended.
+        look: Returns what an update alone shows of how it was defended, given on how many examples it is said to rest.
         weighted_by: Metric by which the inner strategy weighs replies. Flower's averaging raises, and ends the run, if
             one reply has other records or metrics than the rest: such a reply is then left out. `None`: none is.
         expect_aggregates: Whether replies that all carry the same arrays are to be taken for what secure aggregation
@@ -135,7 +139,7 @@ def _read(
     trained: Sequence[str],
     request: Request,
     max_report_bytes: int,
-    look: Callable[[Mapping[str, Array]], Traces | None],
+    look: Look,
 ) -> Reading:
     if reply.has_error():
         lines = reply.error.reason.strip().splitlines() if reply.error.reason else []
@@ -167,10 +171,13 @@ def _read(
     except UnusableUpdateError as error:
         _reject(reading, Status.INVALID_UPDATE, str(error))
         return reading
-    reading.traces = look(shared)
+    reading.traces = look(shared, row.num_examples)
+    reading.claim = None if report is None else report.claim
+    if request.kind == CLAIM:  # with a report or without: there is an update
+        reading.shared = shared
+        return reading
     if report is None:
         return reading
-    reading.claim = report.claim
     if report.refused:
         reading.row = _changed(reading.row, status=Status.REFUSED, detail=report.refused)
         return reading
@@ -298,7 +305,7 @@ def _are_all_the_same(replies: Sequence[Message]) -> bool:
 
 def _mark_aggregate(reading: Reading) -> None:
     """Says that what arrived is no client's own; an audit that the client made of its own update stands."""
-    reading.task = reading.traces = None
+    reading.task = reading.traces = reading.shared = None
     reading.aggregate = True
     if reading.row.source is Source.CLIENT:
         detail = "aggregate only: what the client audited never arrived but as part of a mean"
@@ -327,7 +334,8 @@ def _num_examples(reply: Message) -> int | None:
 
 def _reject(reading: Reading, status: Status, detail: str) -> None:
     reading.row = _changed(reading.row, status=status, detail=detail)
-    reading.task, reading.aggregable = None, False
+    reading.task = reading.shared = None
+    reading.aggregable = False
 
 
 def _row(

@@ -47,6 +47,17 @@ def recover_label_counts(problem: AttackProblem) -> Tensor:
     Raises:
         InvalidInputError: The last layer is not linear, or the rest of the batch is known but its labels are not.
     """
+    return _rounded(expected_label_counts(problem), problem.num_examples)
+
+
+def expected_label_counts(problem: AttackProblem) -> Tensor:
+    """Returns how often each class seems to occur in each unit's batch, before rounding to whole numbers, `[U, C]`.
+
+    How far these are from whole numbers says how far p̄ at the prior mean is from that over the batch.
+
+    Raises:
+        InvalidInputError: As `recover_label_counts`.
+    """
     if problem.known is not None:
         raise InvalidInputError("expected labels where the rest of the batch is known, got None: pass them all")
     layer = output_layer(problem)
@@ -56,9 +67,8 @@ def recover_label_counts(problem: AttackProblem) -> Tensor:
     else:
         slope = _bias_gradient(gradient[f"{layer.name}.weight"], layer.inputs[0], one=problem.num_examples == 1)
     if problem.num_examples == 1:
-        return torch.nn.functional.one_hot(slope.argmin(-1), slope.shape[-1])
-    share = layer.outputs.softmax(-1) - slope  # of each class in the batch, [U, C]
-    return _rounded(problem.num_examples * share, problem.num_examples)
+        return torch.nn.functional.one_hot(slope.argmin(-1), slope.shape[-1]).to(slope)
+    return problem.num_examples * (layer.outputs.softmax(-1) - slope)
 
 
 def _bias_gradient(weight: Tensor, features: Tensor, *, one: bool) -> Tensor:

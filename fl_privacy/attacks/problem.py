@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -48,6 +48,7 @@ class AttackProblem:
         labels: `[U, N, ...]` of the whole batch, or `None` where the attacker does not have them.
         num_examples: N, of the whole batch.
         known: The rest of the batch, where only one example is private (unit `example`).
+        before_pass: Called before each pass of a product with J; what it raises ends the attack: a time limit's place.
 
     Raises:
         InvalidInputError: Shapes, dtypes or numbers of units disagree, or what was shared is not finite.
@@ -61,6 +62,7 @@ class AttackProblem:
     labels: Tensor | None = None
     num_examples: int = 1
     known: KnownBatch | None = None
+    before_pass: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
         units, dim = len(self.shared), self.update.layout.dim
@@ -146,7 +148,14 @@ class AttackProblem:
             InvalidInputError: The labels are not known: `labelled` guesses them.
         """
         private = None if self.known is None else self.known.private
-        return UpdateJacobian(self.update, self.params, self.batches(x.detach()), self.known_labels, private=private)
+        return UpdateJacobian(
+            self.update,
+            self.params,
+            self.batches(x.detach()),
+            self.known_labels,
+            private=private,
+            before_pass=self.before_pass,
+        )
 
     @property
     def known_labels(self) -> Tensor:

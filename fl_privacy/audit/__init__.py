@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fl_privacy.audit.ledger import Ledger
     from fl_privacy.audit.policy import Policy
     from fl_privacy.audit.pool import RayExecutor
+    from fl_privacy.audit.public import PublicExamples
     from fl_privacy.audit.settings import AuditSettings
     from fl_privacy.audit.task import AuditTask, TrainingTrace
 
@@ -29,6 +30,7 @@ __all__ = [
     "LeakageEstimate",
     "Ledger",
     "Policy",
+    "PublicExamples",
     "RayExecutor",
     "SerialExecutor",
     "Source",
@@ -47,6 +49,7 @@ __getattr__, __dir__ = lazy_names(
         "LeakageEstimate": "estimate",
         "Ledger": "ledger",
         "Policy": "policy",
+        "PublicExamples": "public",
         "RayExecutor": "pool",
         "SerialExecutor": "executor",
         "Source": "estimate",

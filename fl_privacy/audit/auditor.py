@@ -15,9 +15,10 @@ from torch import nn
 
 from fl_privacy.audit.estimate import LeakageEstimate, Status
 from fl_privacy.audit.executor import Executor, SerialExecutor
+from fl_privacy.audit.public import PublicExamples
 from fl_privacy.audit.replay import AuditContext
 from fl_privacy.audit.settings import AuditSettings
-from fl_privacy.audit.task import Array, AuditTask
+from fl_privacy.audit.task import Array, AuditTask, ClientUpdate
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.influence.update import Loss
 
@@ -35,7 +36,7 @@ class AuditedRound:
         server_round: Round number.
         context: Model, loss and settings of the audit.
         params: Global arrays of the round by name.
-        tasks: What was known of each client that could be audited.
+        tasks: What was known of each client that could be audited at its own batch.
         rows: What was found, one per task, in order.
     """
 
@@ -62,6 +63,7 @@ class Auditor:
         settings: What to measure.
         executor: Who computes; serial in this process by default.
         time_limit: Seconds for the audit of one round.
+        public: Public examples, for updates whose batch is not handed over.
 
     Raises:
         InvalidInputError: The time limit is not positive.
@@ -75,16 +77,19 @@ class Auditor:
         settings: AuditSettings | None = None,
         executor: Executor | None = None,
         time_limit: float = 600.0,
+        public: PublicExamples | None = None,
     ) -> None:
         if not time_limit > 0:
             raise InvalidInputError(f"expected time_limit > 0 seconds, got {time_limit}")
         self.settings = settings or AuditSettings()
-        self._context = AuditContext(model=model, loss=loss, settings=self.settings, versions=_versions())
+        self._context = AuditContext(
+            model=model, loss=loss, settings=self.settings, versions=_versions(), public=public
+        )
         self._executor = executor or SerialExecutor()
         self._time_limit = time_limit
 
     def audit_round(
-        self, params: Mapping[str, Array], tasks: Sequence[AuditTask], *, progress: Progress | None = None
+        self, params: Mapping[str, Array], tasks: Sequence[ClientUpdate], *, progress: Progress | None = None
     ) -> list[LeakageEstimate]:
         """Returns one row per task, in order; a task that is not done within the time limit gets a row that says so.
 
@@ -95,7 +100,9 @@ class Auditor:
         """
         if not tasks:
             return []
-        tasks = [_bounded(task, self.settings.max_local_steps) for task in tasks]
+        tasks = [
+            _bounded(task, self.settings.max_local_steps) if isinstance(task, AuditTask) else task for task in tasks
+        ]
         context = self._context_for(tasks)
         rows: dict[tuple[int, str], LeakageEstimate] = {}
         deadline = time.monotonic() + self._time_limit
@@ -123,15 +130,19 @@ class Auditor:
         """Releases the executor's workers."""
         self._executor.close()
 
-    def _context_for(self, tasks: Sequence[AuditTask]) -> AuditContext:
+    def _context_for(self, tasks: Sequence[ClientUpdate]) -> AuditContext:
         """Fills in the prior's scale and the data range, once, from the first round's inputs.
 
-        Of what clients hand over the median counts, so that one client cannot set the scale for all.
+        Of what clients hand over the median counts, so that one client cannot set the scale for all. Where they hand
+        over nothing, public examples say it.
         """
         settings = self._context.settings
         if settings.prior_std is None or settings.data_range is None:
             with np.errstate(over="ignore", invalid="ignore"):
-                inputs = [np.asarray(task.inputs, dtype=np.float64) for task in tasks]
+                handed = [task.inputs for task in tasks if isinstance(task, AuditTask)]
+                if not handed and self._context.public is not None:
+                    handed = [self._context.public.inputs]
+                inputs = [np.asarray(values, dtype=np.float64) for values in handed]
                 spread = float(np.median([values.std() for values in inputs]))
                 width = float(np.median([np.ptp(values) for values in inputs]))
             settings = replace(
@@ -142,13 +153,16 @@ class Auditor:
             self._context = replace(self._context, settings=settings)
         return self._context
 
-    def _chunks(self, tasks: Sequence[AuditTask]) -> Iterator[list[AuditTask]]:
+    def _chunks(self, tasks: Sequence[ClientUpdate]) -> Iterator[list[ClientUpdate]]:
         """Cuts the tasks into chunks of one group, as even as possible, with work for every worker."""
-        groups: dict[Hashable, list[AuditTask]] = {}
+        groups: dict[Hashable, list[ClientUpdate]] = {}
         for task in tasks:
             groups.setdefault(task.group, []).append(task)
         share = -(-len(tasks) // self._executor.num_workers)
         for group in groups.values():
+            if not isinstance(group[0], AuditTask):
+                yield group
+                continue
             # A chunk that has begun may have to be finished: the longer the training, the fewer clients in one.
             steps = max(1, len(group[0].trace.batches))
             count = -(-len(group) // min(share, max(1, _CLIENTS_PER_CHUNK * 4 // max(4, steps))))

@@ -9,8 +9,10 @@ Two facts hold for an update that nobody perturbed, whatever the data:
   singular values beyond the r-th are noise: (m − r)(n − r) σ² of it where the update stands out of the noise, less
   where it does not, and the largest singular values are noise, too. The least is taken: that of noise alone.
 
-What else moves those numbers (weight decay, a loss that is not cross entropy) adds to them. So an estimate may come out
-too large, and a client get away; too small, and so a false alarm, only by chance, which the number of samples bounds.
+What else moves those numbers (weight decay, a loss that is not cross entropy, more steps than a client admits) adds to
+them. So an estimate may come out too large, and a client get away; too small, and so a false alarm, only by chance,
+which the number of samples bounds. Each layer, and each fact, gives an estimate of its own from above, and the one
+counts that leaves least room: noise on some layers only is found at the others.
 """
 
 from __future__ import annotations
@@ -30,6 +32,10 @@ _SLACK = 0.1
 """How much less than it said a client may have done before it counts, beside what chance allows."""
 _ERRORS = 4.0
 """Standard errors that chance is allowed."""
+_FEWEST_SAMPLES = 4
+"""Fewest samples of an estimate: of less, chance is allowed everything."""
+_LARGEST_SIDE, _MOST_ENTRIES = 1024, 2**22
+"""Of a linear layer whose singular values are looked at: what a server can do for every client and round."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +68,8 @@ class Traces:
     """What an update alone shows of how it was defended.
 
     Attributes:
-        noise_std: Noise per parameter, from above: what is not noise may be in it. `None`: no layer tells.
+        noise_std: Noise per parameter, from above: what is not noise may be in it. Of several estimates, that which
+            leaves least room. `None`: no layer tells.
         samples: Number of independent samples behind it.
         sparsity: Share of entries that are exactly zero.
     """
@@ -97,33 +104,40 @@ def find_traces(
         update: Shared minus global parameters, by name.
         cross_entropy: Whether the model's last linear layer gives the logits of a cross entropy.
         rank: Most outer products behind a linear layer: examples times local steps, times positions if a layer is
-            applied at several. `None`: not known.
+            applied at several. If it is more in truth, the estimate is too large, not too small. `None`: not known.
     """
     linear = [
         name for name, module in model.named_modules() if type(module) is nn.Linear and f"{name}.weight" in update
     ]
-    energy, samples = 0.0, 0
+    found: list[tuple[float, int]] = []  # energy of noise, number of samples
     if linear and cross_entropy:
         weight = update[f"{linear[-1]}.weight"].astype(np.float64)
         sums = [weight.sum(0)]
         if (bias := update.get(f"{linear[-1]}.bias")) is not None:
             sums.append(bias.astype(np.float64).sum(keepdims=True))
         off = np.concatenate(sums) / math.sqrt(len(weight))
-        energy, samples = float((off**2).sum()), off.size
-    for name in linear if rank is not None else ():
-        weight = update[f"{name}.weight"].astype(np.float64)
-        if rank < min(weight.shape):
-            beyond = np.linalg.svd(weight, compute_uv=False)[rank:]
-            energy, samples = energy + float((beyond**2).sum()), samples + _samples_beyond(weight.shape, rank)
+        found.append((float((off**2).sum()), off.size))
+    for name in linear if rank is not None and rank > 0 else ():
+        layer = update[f"{name}.weight"]
+        if rank < min(layer.shape) <= _LARGEST_SIDE and layer.size <= _MOST_ENTRIES:
+            beyond = np.linalg.svd(layer.astype(np.float64), compute_uv=False)[rank:]
+            of_noise = _singular_values_of_noise(layer.shape)[rank:]
+            found.append((float((beyond**2).sum()), int((of_noise**2).sum())))
+    estimates = [(math.sqrt(energy / n), n) for energy, n in found if n >= _FEWEST_SAMPLES]
+    std, samples = min(estimates, key=lambda estimate: estimate[0] / _room(estimate[1]), default=(None, 0))
     size = sum(array.size for array in update.values())
     zeros = sum(int((array == 0).sum()) for array in update.values())
-    return Traces(
-        noise_std=math.sqrt(energy / samples) if samples else None, samples=samples, sparsity=zeros / max(1, size)
-    )
+    return Traces(noise_std=std, samples=samples, sparsity=zeros / max(1, size))
 
 
 @functools.cache
-def _samples_beyond(shape: tuple[int, int], rank: int) -> int:
-    """Returns Σ s_i² over the singular values beyond the rank of pure noise of σ = 1."""
+def _singular_values_of_noise(shape: tuple[int, ...]) -> Array:
+    """Returns those of a matrix of standard normal numbers."""
     noise = np.random.default_rng(0).normal(size=shape)
-    return max(1, int((np.linalg.svd(noise, compute_uv=False)[rank:] ** 2).sum()))
+    values: Array = np.linalg.svd(noise, compute_uv=False)
+    return values
+
+
+def _room(samples: int) -> float:
+    """Returns to which share of the true noise an estimate of so many samples may fall by chance."""
+    return max(1e-3, 1 - _ERRORS / math.sqrt(2 * samples))

@@ -22,8 +22,16 @@ class Source(StrEnum):
     """On the server, at the client's own batch, which the client handed over."""
     CLIENT = "client"
     """On the client, which sent scalars of its own making: a claim that the server cannot recompute."""
+    PROXY = "proxy"
+    """On the server, at public examples in place of the client's own, scaled to the update that arrived."""
+    RECONSTRUCTED = "reconstructed"
+    """On the server, at what an attack of its own rebuilt from the update."""
     NONE = "none"
     """Nowhere: there was nothing to audit, and the row says why."""
+
+
+APPROXIMATE_SOURCES = (Source.PROXY, Source.RECONSTRUCTED)
+"""Those at other inputs than the client's own."""
 
 
 class Status(StrEnum):
@@ -35,6 +43,8 @@ class Status(StrEnum):
     """The captured update could not be reproduced. No protection is credited for what is unexplained."""
     UNCONVERGED = "unconverged"
     """The budget of products ran out before the tolerance was met; the interval still holds."""
+    APPROXIMATE = "approximate"
+    """Measured at other inputs than the client's own: an indication, and its interval says how far such inputs vary."""
     UNPROTECTED = "unprotected"
     """The client sent no report (it runs without the mod): nothing is known, so nothing is assumed safe."""
     REFUSED = "refused"
@@ -57,7 +67,7 @@ class Status(StrEnum):
     @property
     def has_estimate(self) -> bool:
         """Whether a row of this status carries a leakage estimate."""
-        return self in (Status.AUDITED, Status.UNVERIFIED, Status.UNCONVERGED)
+        return self in (Status.AUDITED, Status.UNVERIFIED, Status.UNCONVERGED, Status.APPROXIMATE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +166,8 @@ class LeakageEstimate:
     """Whether the shared update shows the defence that the client claims, or should have; `None`: nothing to check."""
     required_noise_std: float | None = None
     """Standard deviation per parameter of the isotropic noise that brings every audited unit to the target."""
+    required_noise_interval: Interval[float] | None = None
+    """How far that varies over public examples, where they stand in for the client's own (`approximate`)."""
     required_noise_norm: float | None = None
     """Expected norm of that noise on the whole update."""
     verified: bool | None = None
@@ -212,7 +224,7 @@ class LeakageEstimate:
                 values[item.name] = _decode(value) if item.name in _DECODED else value
         values["status"] = Status(values["status"])
         values["source"] = Source(values.get("source", Source.NONE))
-        for name in ("leakage", "rounds_leakage"):
+        for name in ("leakage", "rounds_leakage", "required_noise_interval"):
             if values.get(name) is not None:
                 values[name] = Interval(*values[name])
         if values.get("curve") is not None:

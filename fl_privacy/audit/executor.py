@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from fl_privacy.audit.estimate import LeakageEstimate
 from fl_privacy.audit.measure import audit_tasks
 from fl_privacy.audit.replay import AuditContext
-from fl_privacy.audit.task import Array, AuditTask
+from fl_privacy.audit.task import Array, ClientUpdate
 
 
 class Executor(ABC):
@@ -25,7 +25,7 @@ class Executor(ABC):
         self,
         context: AuditContext,
         params: Mapping[str, Array],
-        chunks: Sequence[Sequence[AuditTask]],
+        chunks: Sequence[Sequence[ClientUpdate]],
         *,
         deadline: float,
     ) -> Iterator[list[LeakageEstimate]]:
@@ -63,7 +63,7 @@ class SerialExecutor(Executor):
         self,
         context: AuditContext,
         params: Mapping[str, Array],
-        chunks: Sequence[Sequence[AuditTask]],
+        chunks: Sequence[Sequence[ClientUpdate]],
         *,
         deadline: float,
     ) -> Iterator[list[LeakageEstimate]]:

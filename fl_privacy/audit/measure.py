@@ -13,14 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fl_privacy.audit.blind import as_rebuilt, proxy_rows, rebuilt_task
 from fl_privacy.audit.curve import ExampleLeakage, LeakageCurve
-from fl_privacy.audit.estimate import MAX_EXAMPLES, LeakageEstimate, Status
+from fl_privacy.audit.estimate import MAX_EXAMPLES, LeakageEstimate, Source, Status
 from fl_privacy.audit.exposure import Exposure, exposure
 from fl_privacy.audit.input_noise import leakage_under, shortfall
 from fl_privacy.audit.perturbation import NoiseBlocks, noise_blocks, observed_perturbation
+from fl_privacy.audit.public import UpdateTask
 from fl_privacy.audit.replay import AuditContext, Replay, flat_update, replay_training, to_tensor
 from fl_privacy.audit.settings import AuditSettings
-from fl_privacy.audit.task import Array, AuditTask
+from fl_privacy.audit.task import Array, AuditTask, ClientUpdate
 from fl_privacy.audit.wording import joined
 from fl_privacy.influence.jacobian import UpdateJacobian
 from fl_privacy.influence.layout import ParameterLayout
@@ -38,7 +40,7 @@ class _DeadlineError(Exception):
 def audit_tasks(
     context: AuditContext,
     params: Mapping[str, Array],
-    tasks: Sequence[AuditTask],
+    tasks: Sequence[ClientUpdate],
     *,
     device: str = "cpu",
     deadline: float = math.inf,
@@ -64,7 +66,7 @@ def audit_tasks(
 
 
 def _audit_or_fail(
-    context: AuditContext, params: Mapping[str, Array], group: Sequence[AuditTask], device: str, deadline: float
+    context: AuditContext, params: Mapping[str, Array], group: Sequence[ClientUpdate], device: str, deadline: float
 ) -> list[LeakageEstimate]:
     try:
         return _audit_group(context, params, group, device, deadline)
@@ -77,16 +79,47 @@ def _audit_or_fail(
         return [_without_estimate(context, group[0], Status.AUDIT_FAILED, detail)]
 
 
-def _without_estimate(context: AuditContext, task: AuditTask, status: Status, detail: str) -> LeakageEstimate:
+def _without_estimate(context: AuditContext, task: ClientUpdate, status: Status, detail: str) -> LeakageEstimate:
     row = task.row(status, detail=detail)
     return replace(row, settings=context.settings.to_dict(), versions=context.versions)
 
 
 def _audit_group(
-    context: AuditContext, params: Mapping[str, Array], group: Sequence[AuditTask], device: str, deadline: float
+    context: AuditContext, params: Mapping[str, Array], group: Sequence[ClientUpdate], device: str, deadline: float
 ) -> list[LeakageEstimate]:
     settings = context.settings
     started = time.perf_counter()
+    blind = [task for task in group if isinstance(task, UpdateTask)]
+    if blind:
+        rows = _audit_blind(context, params, blind, device, deadline)
+    else:
+        rows = _audit_batches(
+            context, params, [task for task in group if isinstance(task, AuditTask)], device, deadline
+        )
+    seconds = (time.perf_counter() - started) / len(group)
+    return [replace(row, seconds=seconds, settings=settings.to_dict(), versions=context.versions) for row in rows]
+
+
+def _audit_blind(
+    context: AuditContext, params: Mapping[str, Array], group: Sequence[UpdateTask], device: str, deadline: float
+) -> list[LeakageEstimate]:
+    """Returns a row per update of a group whose batches are not known."""
+    if group[0].source is Source.PROXY:
+        return proxy_rows(context, params, group, torch.device(device), lambda: _check_time(deadline))
+    rows = []
+    for task in group:
+        rebuilt, how = rebuilt_task(context, params, task, torch.device(device), lambda: _check_time(deadline))
+        if rebuilt is None:
+            rows.append(task.row(Status.AUDIT_FAILED, detail=how))
+        else:
+            rows += [as_rebuilt(row, how) for row in _audit_batches(context, params, [rebuilt], device, deadline)]
+    return rows
+
+
+def _audit_batches(
+    context: AuditContext, params: Mapping[str, Array], group: Sequence[AuditTask], device: str, deadline: float
+) -> list[LeakageEstimate]:
+    settings = context.settings
     dtype = torch.float64 if settings.precision == "float64" else torch.float32
     rows, blurred = _measure(context, params, group, torch.device(device), dtype, deadline)
     again = [i for i, blur in enumerate(blurred) if blur and settings.precision == "auto"]
@@ -96,8 +129,7 @@ def _audit_group(
             sharper, _ = _measure(context, params, chosen, torch.device(device), torch.float64, deadline)
             for i, row in zip(again, sharper, strict=True):
                 rows[i] = row
-    seconds = (time.perf_counter() - started) / len(group)
-    return [replace(row, seconds=seconds, settings=settings.to_dict(), versions=context.versions) for row in rows]
+    return rows
 
 
 def _measure(

@@ -21,7 +21,7 @@ from fl_privacy.audit.estimate import LeakageEstimate, Status
 from fl_privacy.audit.executor import Executor
 from fl_privacy.audit.measure import audit_tasks
 from fl_privacy.audit.replay import AuditContext
-from fl_privacy.audit.task import Array, AuditTask
+from fl_privacy.audit.task import Array, ClientUpdate
 from fl_privacy.errors import FLPrivacyError, InvalidInputError
 
 _log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class AuditWorker:
         """Returns the torch device on which this worker computes."""
         return self._device
 
-    def audit(self, params: Mapping[str, Array], chunk: Sequence[AuditTask]) -> list[LeakageEstimate]:
+    def audit(self, params: Mapping[str, Array], chunk: Sequence[ClientUpdate]) -> list[LeakageEstimate]:
         """Returns the rows of a chunk."""
         return audit_tasks(self._context, params, chunk, device=self._device)
 
@@ -55,7 +55,7 @@ class AuditWorker:
 @dataclass
 class _Running:
     worker: Any
-    chunk: Sequence[AuditTask]
+    chunk: Sequence[ClientUpdate]
     attempt: int
 
 
@@ -111,7 +111,7 @@ class RayExecutor(Executor):
         self,
         context: AuditContext,
         params: Mapping[str, Array],
-        chunks: Sequence[Sequence[AuditTask]],
+        chunks: Sequence[Sequence[ClientUpdate]],
         *,
         deadline: float,
     ) -> Iterator[list[LeakageEstimate]]:
@@ -286,7 +286,7 @@ def _computing_nodes() -> list[str]:
     return [n["NodeID"] for n in nodes if n["Resources"].get("CPU", 0) > 0] or [n["NodeID"] for n in nodes]
 
 
-def _failed(chunk: Sequence[AuditTask], reason: str) -> list[LeakageEstimate]:
+def _failed(chunk: Sequence[ClientUpdate], reason: str) -> list[LeakageEstimate]:
     return [task.row(Status.AUDIT_FAILED, detail=reason) for task in chunk]
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fl_privacy.audit.public import PublicExamples
 from fl_privacy.audit.settings import AuditSettings
 from fl_privacy.audit.task import Array, AuditTask, Numbers
 from fl_privacy.influence.evaluation import BatchNormMode
@@ -25,13 +26,15 @@ from fl_privacy.influence.update import Loss
 class AuditContext:
     """What all audits of a run have in common.
 
-    `settings` must have its `prior_std` and `data_range` filled in when `audit_tasks` is called.
+    `settings` must have its `prior_std` and `data_range` filled in when `audit_tasks` is called. `public` is what takes
+    the place of private batches where clients hand over none.
     """
 
     model: nn.Module
     loss: Loss
     settings: AuditSettings
     versions: Mapping[str, str]
+    public: PublicExamples | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +59,7 @@ def replay_training(
 ) -> Replay:
     """Runs local training again; with batch_norm="auto", in the mode that comes closer to what was captured."""
     settings, task = context.settings, group[0]
-    context = replace(context, model=_with_buffers(context.model, theta))
+    context = replace(context, model=with_buffers(context.model, theta))
     captured = None
     if task.captured is not None:
         layout = ParameterLayout.of(context.model)
@@ -84,7 +87,7 @@ def replay_training(
     return best
 
 
-def _with_buffers(model: nn.Module, arrays: Mapping[str, Tensor]) -> nn.Module:
+def with_buffers(model: nn.Module, arrays: Mapping[str, Tensor]) -> nn.Module:
     """Returns the model with the round's buffers: what clients normalise with is what they were sent."""
     sent = {name: arrays[name] for name, _ in model.named_buffers() if name in arrays}
     if not sent:

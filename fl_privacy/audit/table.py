@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fl_privacy.audit.estimate import LeakageEstimate, Status
-from fl_privacy.audit.wording import ABSENT, leakage_text, natural_key, number_text, plain, shortened
+from fl_privacy.audit.wording import ABSENT, about_text, leakage_text, natural_key, number_text, plain, shortened
 from fl_privacy.interval import Interval
 
 _HIGH, _SOME = 0.5, 0.1
@@ -49,11 +49,11 @@ def round_table(estimates: Iterable[LeakageEstimate], *, title: str | None = Non
             Text(plain(row.client)),
             ABSENT if row.num_examples is None else str(row.num_examples),
             Text(plain(row.defence) or ABSENT),
-            Text(leakage_text(row.leakage), style=_leakage_style(row.leakage)),
+            Text(about_text(row) + leakage_text(row.leakage), style=_leakage_style(row.leakage)),
             number_text(row.rmse),
             ABSENT if row.psnr is None else f"{row.psnr:.1f}",
             _worst_example(row),
-            number_text(row.required_noise_std),
+            about_text(row) + number_text(row.required_noise_std),
             *acted.cells(row),
             Text(plain(f"{row.status}{excluded}"), style=_status_style(row.status)),
         )
@@ -105,7 +105,8 @@ def summary_table(estimates: Iterable[LeakageEstimate], *, title: str | None = N
             str(worst.server_round) if worst else ABSENT,
             _leakage_cell(last),
             *([Text(_bounds(last), style=_leakage_style(last.rounds_leakage if last else None))] if together else []),
-            number_text(history.neediest.required_noise_std if history.neediest else None),
+            about_text(history.neediest)
+            + number_text(history.neediest.required_noise_std if history.neediest else None),
             *acted.cells(last),
             *([number_text(last.epsilon if last else None)] if private else []),
             Text(statuses, style="" if all(status.has_estimate for status in history.statuses) else "yellow"),
@@ -190,7 +191,7 @@ def _size(value: float) -> float:
 
 def _leakage_cell(row: LeakageEstimate | None) -> Text:
     interval = None if row is None else row.leakage
-    return Text(leakage_text(interval), style=_leakage_style(interval))
+    return Text(about_text(row) + leakage_text(interval), style=_leakage_style(interval))
 
 
 def _bounds(row: LeakageEstimate | None) -> str:

@@ -117,25 +117,20 @@ class InputShift:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class AuditTask:
-    """One client's update and the batch behind it.
+class ClientUpdate:
+    """One client's update, and what goes into its row whatever becomes of the audit.
 
     Attributes:
         server_round: Round number.
         client: Name to show.
         node_id: Flower's node id.
         shared: Update that arrived, shared minus global parameters, by name.
-        inputs: Examples `[N, *shape]`, each once.
-        labels: `[N, ...]`.
-        trace: How the update was made.
-        captured: The client's own update before any defence, by name; `None` if it could not be captured.
-        source: Where the batch comes from.
+        source: Where the Jacobian is to be taken.
         defence: What the client says it did to its update.
         num_examples: What the client says it trained on.
         target_leakage: What noise is to be found for; `None`: the settings' target.
         applied_noise_std: Noise per parameter that the client says it put on its update.
         advised_noise_std: Noise that it was advised to put on it.
-        shift: Noise on the inputs that it was trained with; `inputs` are without it.
         advised_input_leakage: Leakage that it was advised to bring its inputs to by noise on them.
     """
 
@@ -143,18 +138,55 @@ class AuditTask:
     client: str
     node_id: int
     shared: Mapping[str, Array]
-    inputs: Array
-    labels: Array
-    trace: TrainingTrace
-    captured: Mapping[str, Array] | None = None
-    source: Source = Source.TRUSTED
+    source: Source
     defence: str = ""
     num_examples: int | None = None
     target_leakage: float | None = None
     applied_noise_std: float | None = None
     advised_noise_std: float | None = None
-    shift: InputShift | None = None
     advised_input_leakage: float | None = None
+
+    @property
+    def group(self) -> Hashable:
+        """Updates of one group are audited together in one pass; here, each alone."""
+        return id(self)
+
+    def row(self, status: Status, *, detail: str = "") -> LeakageEstimate:
+        """Returns a row for this client without an estimate."""
+        return LeakageEstimate(
+            server_round=self.server_round,
+            client=self.client,
+            node_id=self.node_id,
+            status=status,
+            source=self.source,
+            defence=self.defence,
+            num_examples=self.num_examples,
+            advised_noise_std=self.advised_noise_std,
+            applied_noise_std=self.applied_noise_std,
+            advised_input_leakage=self.advised_input_leakage,
+            detail=detail,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AuditTask(ClientUpdate):
+    """One client's update and the batch behind it.
+
+    Attributes:
+        inputs: Examples `[N, *shape]`, each once.
+        labels: `[N, ...]`.
+        trace: How the update was made.
+        captured: The client's own update before any defence, by name; `None` if it could not be captured.
+        source: Where the batch comes from.
+        shift: Noise on the inputs that it was trained with; `inputs` are without it.
+    """
+
+    inputs: Array
+    labels: Array
+    trace: TrainingTrace
+    captured: Mapping[str, Array] | None = None
+    source: Source = Source.TRUSTED
+    shift: InputShift | None = None
 
     def __post_init__(self) -> None:
         """Raises InvalidInputError where inputs, labels and trace do not fit together."""
@@ -192,20 +224,4 @@ class AuditTask:
             self.trace,
             self.captured is None,
             self.shift is None,
-        )
-
-    def row(self, status: Status, *, detail: str = "") -> LeakageEstimate:
-        """Returns a row for this client without an estimate."""
-        return LeakageEstimate(
-            server_round=self.server_round,
-            client=self.client,
-            node_id=self.node_id,
-            status=status,
-            source=self.source,
-            defence=self.defence,
-            num_examples=self.num_examples,
-            advised_noise_std=self.advised_noise_std,
-            applied_noise_std=self.applied_noise_std,
-            advised_input_leakage=self.advised_input_leakage,
-            detail=detail,
         )

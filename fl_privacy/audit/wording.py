@@ -6,6 +6,7 @@ import math
 import re
 from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Decimal
 
+from fl_privacy.audit.estimate import APPROXIMATE_SOURCES, LeakageEstimate
 from fl_privacy.interval import Interval
 
 ABSENT = "-"
@@ -20,6 +21,11 @@ def leakage_text(interval: Interval[float] | None) -> str:
     lower = _rounded(interval.lower, digits, ROUND_FLOOR)
     upper = _rounded(interval.upper, digits, ROUND_CEILING)
     return f"{_rounded(interval.value, digits, ROUND_HALF_EVEN)} [{lower}, {upper}]"
+
+
+def about_text(row: LeakageEstimate | None) -> str:
+    """Returns what stands before a row's numbers where they were not measured at the client's own inputs."""
+    return "≈ " if row is not None and row.leakage is not None and row.source in APPROXIMATE_SOURCES else ""
 
 
 def _rounded(value: float, digits: int, rounding: str) -> str:

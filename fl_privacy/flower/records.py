@@ -30,6 +30,8 @@ BATCHES = "batches"
 """The request for the batches behind an update."""
 ESTIMATE = "estimate"
 """The request for the scalars of an audit that the client makes itself."""
+CLAIM = "claim"
+"""The request for nothing but what a client says of its defence: the server audits the update alone."""
 
 _VERSION = 1
 _SHIFT = ("prior_std", "covariance", "kept", "note")

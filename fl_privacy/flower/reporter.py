@@ -25,7 +25,7 @@ from fl_privacy.flower.capture import TrainingCapture
 from fl_privacy.flower.disclosure import Disclosure
 from fl_privacy.flower.options import CONSENTS, LIMITS, VETOES, ClientOptions
 from fl_privacy.flower.protection import InputAdvice, InputProtection
-from fl_privacy.flower.records import BATCHES, ESTIMATE, ClientReport, encode_report
+from fl_privacy.flower.records import BATCHES, CLAIM, ESTIMATE, ClientReport, encode_report
 from fl_privacy.flower.request import Request
 from fl_privacy.flower.updates import update_norm
 from fl_privacy.influence.layout import ParameterLayout
@@ -89,6 +89,8 @@ class Reporter:
     def _refusal(self, request: Request, options: ClientOptions) -> str:
         if request.kind == BATCHES:
             return options.refusal("hand_over_batches", "batches are not handed over")
+        if request.kind == CLAIM:
+            return ""
         if request.kind != ESTIMATE:
             return f"the server asks for {request.kind[:80]!r}, which this release does not know"
         if self._model is None:
@@ -128,7 +130,7 @@ class Watch:
         self._options = options
         self._applied_noise_std: float | None = None
         self._capture = None
-        if options is not None and not refused:
+        if options is not None and not refused and request.kind != CLAIM:
             self._capture = TrainingCapture(sent, max_bytes=options.max_bytes)
 
     @contextmanager

@@ -25,7 +25,7 @@ class Request:
     """A request for a report.
 
     Attributes:
-        kind: `batches` or `estimate`.
+        kind: `batches`, `estimate` or `claim`.
         settings: For an estimate, JSON of what it is to be of.
     """
 

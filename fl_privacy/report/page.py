@@ -13,9 +13,9 @@ from importlib import resources
 from typing import Any
 
 from fl_privacy.audit.chain import Verification
-from fl_privacy.audit.estimate import LeakageEstimate
+from fl_privacy.audit.estimate import LeakageEstimate, Status
 from fl_privacy.audit.policy import Policy
-from fl_privacy.audit.wording import ABSENT, joined, leakage_text, number_text, plain, shortened
+from fl_privacy.audit.wording import ABSENT, about_text, joined, leakage_text, number_text, plain, shortened
 from fl_privacy.extras import require
 from fl_privacy.interval import Interval
 from fl_privacy.report import figures
@@ -62,7 +62,14 @@ def render_report(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters.update(
-        name=_name, names=_names, leakage=leakage_text, number=number_text, plain=_detail, met=_met, needs=_needs
+        name=_name,
+        names=_names,
+        leakage=leakage_text,
+        number=number_text,
+        plain=_detail,
+        met=_met,
+        needs=_needs,
+        about=about_text,
     )
     files = resources.files("fl_privacy.report")
     script = files.joinpath("report.js").read_text(encoding="utf-8")
@@ -185,7 +192,7 @@ def _heat_cell(cell: Cell | None) -> dict[str, str]:
     background, ink = _colours(cell.leakage.value)
     return {
         "kind": "above" if cell.above else "below",
-        "text": f"{cell.leakage.value:.2f}",
+        "text": f"{'≈' if cell.status is Status.APPROXIMATE else ''}{cell.leakage.value:.2f}",
         "title": f"{leakage_text(cell.leakage)}, {cell.status}",
         "style": f"background:{background};color:{ink}",
     }

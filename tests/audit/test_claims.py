@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 
 import numpy as np
@@ -24,6 +25,7 @@ def net(features=64, hidden=40, classes=5):
 MODEL = net()
 
 
+@functools.cache
 def trained(client, *, steps=1, batch=4, momentum=0.0, model=MODEL):
     """What a client's SGD changes."""
     generator = torch.Generator().manual_seed(client)
@@ -74,6 +76,20 @@ class TestNoise:
     def test_a_rank_that_leaves_nothing_tells_nothing(self):
         assert find_traces(MODEL, trained(0), cross_entropy=False, rank=64).noise_std is None
 
+    def test_noise_on_some_layers_only_is_found_at_the_others(self):
+        update = trained(0, batch=4)
+        last = {n: noisy({n: a}, 0.01, 1)[n] if n.startswith("2.") else a for n, a in update.items()}
+        assert find_traces(MODEL, last, cross_entropy=True).noise_std == pytest.approx(0.01, rel=0.3)
+        assert find_traces(MODEL, last, cross_entropy=True, rank=4).noise_std < 1e-6
+
+    def test_a_client_that_admits_fewer_examples_than_it_used_hides_no_lack_of_noise(self):
+        update = trained(0, batch=16)
+        honest = find_traces(MODEL, noisy(update, 0.01, 1), cross_entropy=True, rank=16)
+        for rank in (1, 2, 1000, 0):  # and nobody is accused who admits more, or nothing
+            found = find_traces(MODEL, noisy(update, 0.01, 1), cross_entropy=True, rank=rank)
+            assert 0.7 * honest.noise_std < found.noise_std < 1.3 * honest.noise_std
+            assert find_traces(MODEL, update, cross_entropy=True, rank=rank).noise_std < 1e-6
+
     def test_weight_decay_can_hide_a_lie_but_never_accuse(self):
         update = {
             n: a - 0.01 * p.detach().numpy()
@@ -99,8 +115,9 @@ class TestErrors:
     CLIENTS = range(300)
     CLAIM = Defence(kind="local-dp", noise_std=0.01)
 
-    def flagged(self, share):
-        traces = [find_traces(MODEL, noisy(trained(c % 10), share * 0.01, c), cross_entropy=True) for c in self.CLIENTS]
+    def flagged(self, share, **options):
+        options = {"cross_entropy": True, **options}
+        traces = [find_traces(MODEL, noisy(trained(c % 10), share * 0.01, c), **options) for c in self.CLIENTS]
         return sum(bool(trace.shortfall(self.CLAIM)) for trace in traces) / len(traces)
 
     def test_honest_clients_are_not_accused(self):
@@ -114,6 +131,12 @@ class TestErrors:
         assert self.flagged(0.25) == 1
         assert 0.35 < self.flagged(0.5) < 0.65
         assert self.flagged(0.75) < 0.05
+
+    def test_the_rank_sharpens_what_the_sums_leave_open_and_accuses_nobody(self):
+        assert self.flagged(1.0, rank=4) == 0
+        assert self.flagged(0.75, rank=4) > 0.9
+        assert self.flagged(1.0, cross_entropy=False, rank=4) == 0  # where only the rank tells
+        assert self.flagged(0.5, cross_entropy=False, rank=4) == 1
 
     def test_pruning_that_was_not_done_is_found(self):
         claim = Defence(kind="prune", sparsity=0.9)
