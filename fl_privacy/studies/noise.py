@@ -53,7 +53,7 @@ class NoiseSettings(SceneSettings):
         True, "Also pruning, Optimal Defenses, Soteria and rank-one noise; forms J, for small inputs."
     )
     searching: bool = option(True, "Also run Gauss-Newton; off, errors are those of the posterior mean alone.")
-    attacking: bool = option(True, "Also what attacks rebuild; off, only how much noise changes an update.")
+    attacking: bool = option(True, "Draw noise and attack; off, only the changes to first order that the laws predict.")
     num_probes: int = option(4, "Probes of the spectrum.", minimum=1)
     max_steps: int = option(256, "Lanczos steps per probe.", minimum=1)
     draw_steps: int = option(1024, "Lanczos steps per draw of shaped noise.", minimum=1)
@@ -68,8 +68,8 @@ class NoiseRow:
     target: float
     defence: str
     attack: str
-    """`posterior mean`, `gauss-newton`, or either with a denoiser after it; `none` where only the change was measured,
-    and errors are those that are predicted."""
+    """`posterior mean`, `gauss-newton`, or either with a denoiser after it; `none` where nothing was drawn, and
+    change and error are what is predicted."""
     leakage: float
     """Of the best linear-Gaussian attacker; above the target where the defence cannot meet it."""
     predicted: float
@@ -214,15 +214,24 @@ def _defended(
     """Defence, leakage by the law, norm of the change, and what each attack rebuilds `[1, 1, *shape]`."""
     tau, scene = unit.scene.prior.std, unit.scene
     sigma = float(law.isotropic_std)
+    if not settings.attacking:
+        yield "isotropic", target, float(law.isotropic_norm), {}
+        yield "shaped", float(law.leakage.value), float(law.shaped_norm), {}
+        yield "white input", target, float(law.white_norm), {}
+        return
     normal = torch.randn(len(unit.update), generator=unit.generator(1), dtype=torch.float64)
     delta = sigma * normal[None]
     reached = float(unit.spectrum.leakage(sigma, tau).value)
     noise = IsotropicNoise(torch.full((1,), sigma, dtype=torch.float64))
-    found: Found = {}
-    if settings.attacking:
-        found["posterior mean"] = _Result(_posterior_mean(unit, delta, (sigma / tau) ** 2))
-        found |= _search(settings, unit, unit.update + delta, noise)
-    yield "isotropic", reached, float(delta.norm()), found
+    yield (
+        "isotropic",
+        reached,
+        float(delta.norm()),
+        {
+            "posterior mean": _Result(_posterior_mean(unit, delta, (sigma / tau) ** 2)),
+            **_search(settings, unit, unit.update + delta, noise),
+        },
+    )
     shaped = draw_input_noise(
         unit.jacobian, law, 10 * unit.image + scene.seed, max_steps=settings.draw_steps, rtol=2e-3
     )
@@ -271,11 +280,9 @@ def _on_input(
     def share(nodes: Tensor) -> Tensor:
         return tau**2 / (tau**2 + variance(nodes))
 
-    found: Found = {}
-    if settings.attacking:
-        mean = unit.mu + unit.of_gram(share, unit.x + a - unit.mu)
-        found["posterior mean"] = _Result(_image(unit, mean), raw=_image(unit, unit.x + a))
-    if settings.attacking and settings.searching:
+    mean = unit.mu + unit.of_gram(share, unit.x + a - unit.mu)
+    found: Found = {"posterior mean": _Result(_image(unit, mean), raw=_image(unit, unit.x + a))}
+    if settings.searching:
         wide = GaussianPrior(prior.mean, math.sqrt(tau**2 + float(a.square().mean())))
         exact = EXACT * float(unit.update.square().mean().sqrt())
         problem = replace(unit.scene.problem([unit.image], shared, exact), prior=wide)
@@ -376,8 +383,10 @@ def _summarize(settings: NoiseSettings, rows: Sequence[NoiseRow]) -> Summary:
             )
     shaped = [row for (_, _, defence), row in plain.items() if defence == "shaped"]
     worst = min((row.advantage for row in shaped if not math.isnan(row.advantage)), default=math.nan)
+    images = {row.image for row in rows}
+    over = f"Medians over {len(images)} images" if len(images) > 1 else "One image"
     return Summary(
-        "Medians over images. Change: norm of shared minus undefended update over that of the update. Errors: rmse "
+        f"{over}. Change: norm of shared minus undefended update over that of the update. Errors: rmse "
         "per input element of the strongest attack by the Gaussian prior, and with denoisers of images, whose "
         "strength is the best in hindsight. Advantage: norm of isotropic noise at which the strongest attack errs as "
         f"much, over the change. Shaped noise: least advantage of any image and target {worst:.3g}.",

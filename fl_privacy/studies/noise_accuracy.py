@@ -13,6 +13,7 @@ of all rounds together, measured along the very run, is the target.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from fl_privacy.attacks import GaussianPrior
+from fl_privacy.audit.family import cheaper_family
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.influence.jacobian import UpdateJacobian
 from fl_privacy.influence.operators import MeanGram
@@ -405,48 +407,90 @@ def _mean(rows: Sequence[AccuracyRow]) -> float:
     return sum(row.accuracy for row in rows) / len(rows) if rows else math.nan
 
 
-def _summarize(settings: AccuracySettings, rows: Sequence[AccuracyRow]) -> Summary:
-    cells = _cells(settings, rows)
-    lines, wins = [], dict.fromkeys(ARMS[1:], 0)
+def _recommended(rows: Sequence[AccuracyRow], target: float) -> str:
+    """The arm that the library's estimate picks in a cell."""
+    relative = statistics.median(row.relative_noise for row in rows)
+    return "isotropic" if cheaper_family(relative, target_leakage=target) == "isotropic" else "shaped kept"
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """A cell of the map: mean accuracy by arm, NaN where the arm cannot meet the target."""
+
+    means: dict[str, float]
+    recommended: str
+
+    @property
+    def best(self) -> str:
+        return max(self.means, key=lambda arm: -1.0 if math.isnan(self.means[arm]) else self.means[arm])
+
+    @property
+    def behind(self) -> float:
+        """Points of accuracy by which the recommended arm is behind the best one."""
+        return 100 * (self.means[self.best] - self.means[self.recommended])
+
+
+def _verdicts(settings: AccuracySettings, rows: Sequence[AccuracyRow]) -> dict[tuple[int, int, float], _Verdict]:
+    cells, found = _cells(settings, rows), {}
     for num_rounds in settings.rounds:
         for batch in settings.batch_sizes:
-            clean = _mean(cells.get((batch, num_rounds, 1.0, "none"), []))
             for target in settings.targets:
-                means = {
-                    arm: _mean(_meeting(cells.get((batch, num_rounds, target, arm), []), target)) for arm in ARMS[1:]
-                }
-                best = max(means, key=lambda arm: -1.0 if math.isnan(means[arm]) else means[arm])
-                wins[best] += 1
-                shown = ["–" if math.isnan(value) else f"{value:.3f}" for value in means.values()]
-                lines.append((str(num_rounds), str(batch), f"{target:g}", f"{clean:.3f}", *shown, best))
+                mine = {arm: cells.get((batch, num_rounds, target, arm), []) for arm in ARMS[1:]}
+                if not all(mine.values()):
+                    continue  # of a study that is not complete
+                means = {arm: _mean(_meeting(of_arm, target)) for arm, of_arm in mine.items()}
+                found[batch, num_rounds, target] = _Verdict(means, _recommended(mine["isotropic"], target))
+    return found
+
+
+def _summarize(settings: AccuracySettings, rows: Sequence[AccuracyRow]) -> Summary:
+    cells, verdicts = _cells(settings, rows), _verdicts(settings, rows)
+    lines, wins = [], dict.fromkeys(ARMS[1:], 0)
+    for (batch, num_rounds, target), verdict in verdicts.items():
+        wins[verdict.best] += 1
+        shown = ["–" if math.isnan(value) else f"{value:.3f}" for value in verdict.means.values()]
+        clean = f"{_mean(cells.get((batch, num_rounds, 1.0, 'none'), [])):.3f}"
+        behind = "–" if math.isnan(verdict.behind) else f"{verdict.behind:.1f}"
+        cell = (str(num_rounds), str(batch), f"{target:g}", clean, *shown, verdict.best)
+        lines.append((*cell, verdict.recommended, behind))
+    close = sum(verdict.behind <= 1 for verdict in verdicts.values())
+    seeds = len({row.seed for row in rows})
     return Summary(
-        f"Accuracy after the last round, mean of {settings.num_seeds} seeds, at equal leakage of an example over all "
-        f"rounds. –: the arm cannot meet the target: its measured leakage is more than {_SLACK:g} times the target, or "
-        "no entry of the update may be kept. Best protected arm: "
-        f"{', '.join(f'{arm} {count}' for arm, count in wins.items())} of {len(lines)} cells.",
-        ("rounds", "batch", "target", *ARMS, "best"),
+        f"Accuracy after the last round, {'one seed' if seeds == 1 else f'mean of {seeds} seeds'}, at equal leakage of "
+        "an example over all rounds. –: the arm cannot meet the target: the leakage along its run is never within "
+        f"{_SLACK - 1:.0%} of it, or no entry of the update may be kept. Best protected arm: "
+        f"{', '.join(f'{arm} {count}' for arm, count in wins.items() if count)} of {len(lines)} cells. The recommended "
+        f"one is within one point of the best in {close} of them; behind: points of accuracy.",
+        ("rounds", "batch", "target", *ARMS, "best", "recommended", "behind"),
         tuple(lines),
     )
 
 
 def _draw(settings: AccuracySettings, rows: Sequence[AccuracyRow], figure: Figure) -> None:
-    cells = _cells(settings, rows)
+    cells, verdicts = _cells(settings, rows), _verdicts(settings, rows)
     axes = figure.subplots(len(settings.rounds), len(settings.batch_sizes), sharex=True, sharey=True, squeeze=False)
+    places = range(len(settings.targets))
     for down, num_rounds in enumerate(settings.rounds):
         for across, batch in enumerate(settings.batch_sizes):
             axis = axes[down][across]
-            axis.axhline(
-                _mean(cells.get((batch, num_rounds, 1.0, "none"), [])), color="black", linewidth=1, label="none"
-            )
+            clean = _mean(cells.get((batch, num_rounds, 1.0, "none"), []))
+            axis.axhline(clean, color="black", linewidth=1, label="no protection")
+            mine = [verdicts.get((batch, num_rounds, target)) for target in settings.targets]
             for index, arm in enumerate(ARMS[1:]):
-                values = [
-                    _mean(_meeting(cells.get((batch, num_rounds, target, arm), []), target))
-                    for target in settings.targets
-                ]
-                axis.plot(settings.targets, values, marker="osD^v"[index], markersize=4, label=arm)
-            axis.set(title=f"{num_rounds} rounds, batch {batch}")
-            axis.invert_xaxis() if not (down or across) else None
-    axes[0][0].legend(frameon=False, fontsize=7)
+                values = [math.nan if verdict is None else verdict.means[arm] for verdict in mine]
+                # Side by side, as arms of the same accuracy would hide each other.
+                shifted = [place + 0.08 * (index - 2) for place in places]
+                axis.plot(shifted, values, marker="osD^v"[index], markersize=4, linewidth=0.8, label=arm)
+            for place, verdict in zip(places, mine, strict=True):
+                if verdict is not None and not math.isnan(verdict.means[verdict.recommended]):
+                    at = place + 0.08 * (ARMS.index(verdict.recommended) - 3)
+                    height = verdict.means[verdict.recommended]
+                    axis.plot([at], [height], "o", markersize=11, fillstyle="none", color="black", label="recommended")
+            axis.set(title=f"{num_rounds} rounds, batch {batch}", ylim=(0, 1))
+            axis.set_xticks(list(places), [f"{target:g}" for target in settings.targets])
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    figure.legend(unique.values(), unique.keys(), loc="outside upper center", ncols=7, frameon=False, fontsize=8)
     figure.supxlabel("leakage of an example over the whole run")
     figure.supylabel("test accuracy")
 
@@ -459,5 +503,5 @@ STUDY = Study(
     portions=_portions,
     summarize=_summarize,
     draw=_draw,
-    figure_size=(9.6, 5.6),
+    figure_size=(9.6, 4.4),
 )
