@@ -23,6 +23,7 @@ from fl_privacy.attacks import (
     IsotropicNoise,
     LinearLayerLeak,
     StopReason,
+    WithWhitePrior,
     aligned,
     inverting_gradients,
     leaked_examples,
@@ -190,6 +191,7 @@ def test_the_prior_that_examples_suggest() -> None:
 def test_attacks_by_name() -> None:
     assert {name: build() for name, build in ATTACKS.items()} == {
         "gauss-newton": GaussNewton(),
+        "gauss-newton-white": WithWhitePrior(GaussNewton()),
         "dgl": GradientMatching(distance=relative_squared_distance, optimizer=LBFGS()),
         "dgl-adam": GradientMatching(distance=relative_squared_distance, optimizer=Adam()),
         "inverting-gradients": inverting_gradients(),
