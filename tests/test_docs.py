@@ -59,6 +59,8 @@ QUICKSTART = {
     "device": "cpu",
     "epochs": 1,
     "grid": None,
+    "images": LOADER[0][0].numpy(),
+    "labels": LOADER[0][1].numpy(),
     "load_data": lambda *_: (LOADER, LOADER),
     "lr": 0.1,
     "model": net(),
