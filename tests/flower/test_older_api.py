@@ -17,7 +17,7 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg
 from torch import nn
 
-from fl_privacy.audit import AuditSettings, Ledger, Source, Status
+from fl_privacy.audit import AuditSettings, Ledger, PublicExamples, Source, Status
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.flower import AuditedClient
 from fl_privacy.strategies import OlderInversionAudit
@@ -124,6 +124,15 @@ class TestARound:
             assert proxy.client.client.numpy_client.config == {"lr": 0.1}
         assert metrics["mean-loss"] == 1.0
         assert metrics["leakage-max"] == max(row.leakage.value for row in strategy.audit.estimates)
+
+    def test_an_audit_at_public_examples_needs_nothing_of_a_client(self):
+        rng = np.random.default_rng(0)
+        public = PublicExamples(inputs=rng.normal(size=(24, 1, 4, 4)).astype(np.float32), labels=np.arange(24) % 3)
+        strategy, _ = run([Trainer(node) for node in NODES], source="proxy", public=public)
+        for node in NODES:
+            row = row_of(strategy, node)
+            assert (row.status, row.source) == (Status.APPROXIMATE, Source.PROXY)
+            assert "learning rate" not in row.detail  # `lr` of the clients' config is found
 
     def test_what_the_inner_strategy_gets_is_what_the_clients_shared(self):
         seen = []
