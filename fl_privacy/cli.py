@@ -147,7 +147,8 @@ def _print_outcome(outcome: Verification) -> None:
         typer.echo(f"ok: {outcome.rows} rows, none changed, removed, inserted or moved{anchor}")
         typer.echo(f"head: {outcome.head}")
         return
-    typer.echo(f"TAMPERED: {len(outcome.problems)} problems in {outcome.rows} rows")
+    count = len(outcome.problems)
+    typer.echo(f"TAMPERED: {count} problem{'' if count == 1 else 's'} in {outcome.rows} rows")
     for problem in outcome.problems[:_MAX_PROBLEMS]:
         typer.echo(f"  {problem}")
     if len(outcome.problems) > _MAX_PROBLEMS:
@@ -178,6 +179,8 @@ def _print_rounds(entries: Iterable[LedgerEntry]) -> int:
         entries, key=lambda entry: (entry.run_id, entry.estimate.server_round)
     ):
         estimates = [entry.estimate for entry in rows]
-        console.print(round_table(estimates, title=f"run {run_id}, round {server_round}"), end="\n\n")
+        if shown:
+            console.print()  # a table ignores what `end` says
+        console.print(round_table(estimates, title=f"run {run_id}, round {server_round}"))
         shown += len(estimates)
     return shown

@@ -103,8 +103,10 @@ class ChainCheck:
         """Adds a problem that was found outside the chain."""
         self._problems.append(Problem(sequence=sequence, message=message))
 
-    def add(self, row: Mapping[str, Any]) -> None:
+    def add(self, row: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """Checks the next row: its number, its link to the row before, its hash, and its columns against its payload.
+
+        Returns its decoded payload, `None` where that was not read because the row is no part of the chain.
 
         The chain is taken up again at each row's stored hash, so one change is reported where it is, not everywhere
         after it.
@@ -114,7 +116,8 @@ class ChainCheck:
         if not isinstance(sequence, int) or sequence <= self._sequence:
             number = sequence if isinstance(sequence, int) else None
             self.report(f"was inserted: number {sequence!r} cannot follow {self._sequence}", sequence=number)
-            return
+            return None
+        payload = None
         if sequence > self._sequence + 1:
             first, last = self._sequence + 1, sequence - 1
             missing = f"row {first} is" if first == last else f"rows {first} to {last} are"
@@ -126,10 +129,11 @@ class ChainCheck:
         if not self._sealed(row):
             self.report("was changed: its contents do not match its hash", sequence=sequence)
         else:
-            self._check_columns(row)
+            payload = self._check_columns(row)
         self._sequence, self._hash = sequence, row["hash"]
         if self._hash == self._expected_head:
             self._anchored = sequence
+        return payload
 
     def finish(self, heads: Sequence[Mapping[str, Any]] | None) -> Verification:
         """Returns the outcome.
@@ -169,13 +173,15 @@ class ChainCheck:
             sequence=row["sequence"], **sealed
         )
 
-    def _check_columns(self, row: Mapping[str, Any]) -> None:
+    def _check_columns(self, row: Mapping[str, Any]) -> Mapping[str, Any] | None:
         try:
-            expected = self._columns(json.loads(row["payload"]))
+            payload: Mapping[str, Any] = json.loads(row["payload"])
+            expected = self._columns(payload)
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             self.report(f"does not hold an estimate: {error}", sequence=row["sequence"])
-            return
+            return None
         for name, value in expected.items():
             if row[name] != value:
                 message = f"column {name} was changed: it says {row[name]!r}, the row {value!r}"
                 self.report(message, sequence=row["sequence"])
+        return payload

@@ -209,8 +209,12 @@ class LeakageEstimate:
         return row
 
     @classmethod
-    def from_dict(cls, row: Mapping[str, Any]) -> LeakageEstimate:
+    def from_dict(cls, row: Mapping[str, Any], *, light: bool = False) -> LeakageEstimate:
         """Returns the estimate that `to_dict` wrote; unknown keys (written by a newer version) are ignored.
+
+        Args:
+            row: What was written.
+            light: Leave out the parts that take longest to read: `curve`, `examples`, `settings` and `versions`.
 
         Raises:
             TypeError: If `client` or `server_round` is missing.
@@ -218,10 +222,10 @@ class LeakageEstimate:
             KeyError: If the status is missing.
         """
         values: dict[str, Any] = {}
-        for item in fields(cls):
-            if item.name in row:
-                value = row[item.name]
-                values[item.name] = _decode(value) if item.name in _DECODED else value
+        for name in _NAMES:
+            if name in row and not (light and name in _HEAVY):
+                value = row[name]
+                values[name] = _decode(value) if name in _DECODED and isinstance(value, _CODED) else value
         values["status"] = Status(values["status"])
         values["source"] = Source(values.get("source", Source.NONE))
         for name in ("leakage", "rounds_leakage", "required_noise_interval"):
@@ -234,6 +238,9 @@ class LeakageEstimate:
         return cls(**values)
 
 
+_NAMES = tuple(item.name for item in fields(LeakageEstimate))
+_HEAVY = frozenset({"curve", "examples", "settings", "versions"})
+_CODED = (str, list, Mapping)
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _DECODED = frozenset(item.name for item in fields(LeakageEstimate) if "float" in str(item.type)) | {"settings"}
 """Fields in which the texts of `_NON_FINITE` stand for floats; everywhere else text is text."""

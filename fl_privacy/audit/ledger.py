@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -45,6 +45,30 @@ class LedgerEntry:
     estimate: LeakageEstimate
     previous_hash: str
     hash: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerRecord:
+    """One row of a ledger as it is stored, its payload decoded from JSON and not yet made into an estimate."""
+
+    ledger: str
+    """Name of the ledger, for errors."""
+    sequence: int
+    run_id: str
+    payload: Mapping[str, Any]
+
+    def estimate(self, *, light: bool = False) -> LeakageEstimate:
+        """Returns the estimate; `light`: without the parts that take longest to read (see `from_dict`).
+
+        Raises:
+            LedgerError: The row does not hold an estimate.
+        """
+        try:
+            return LeakageEstimate.from_dict(self.payload, light=light)
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise LedgerError(
+                f"row {self.sequence} of {self.ledger} does not hold an estimate that this version can read: {error}"
+            ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +174,13 @@ class Ledger:
             raise LedgerError(f"{self._name} has lost its head record: verify says what happened to it")
         return str(head)
 
-    def verify(self, *, expected_head: str | None = None) -> Verification:
+    def verify(
+        self,
+        *,
+        expected_head: str | None = None,
+        visit: Callable[[LedgerRecord], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Verification:
         """Returns whether any row was changed, removed, inserted or moved since it was written, and where.
 
         Reads in pages, in constant memory, while others may append.
@@ -158,10 +188,12 @@ class Ledger:
         Args:
             expected_head: A `head()` that was kept elsewhere. The ledger may have grown since, but must still hold that
                 row: everything up to it is then as it was when the head was noted.
+            visit: Is told of every row that holds an estimate, sound or not: who needs rows and check reads once.
+            progress: Is told (rows checked, rows there are) from time to time.
 
         Raises:
             ValueError: If `expected_head` is not a hash.
-            LedgerError: If the database cannot be reached.
+            LedgerError: If the database cannot be reached, or a row to `visit` cannot be decoded.
         """
         check = ChainCheck(columns_of, expected_head=expected_head)
         with self._transaction() as connection:
@@ -183,7 +215,11 @@ class Ledger:
                 check.report(f"the file is damaged and cannot be read past row {last or 0}: {error.__cause__.orig}")
                 return check.finish(None)
             for row in page:
-                check.add(row)
+                payload = check.add(row)
+                if visit is not None and row["status"] != METRICS:
+                    visit(self._record(row, payload))
+            if progress is not None:
+                progress(check.rows, count)
             if len(page) < _PAGE or not isinstance(page[-1]["sequence"], int):
                 if count != check.rows:
                     check.report(
@@ -339,18 +375,22 @@ class Ledger:
         count = connection.execute(select(func.count()).select_from(ROWS)).scalar_one()
         return page, count, [row._asdict() for row in connection.execute(select(HEAD))]
 
+    def _record(self, row: Mapping[str, Any], payload: Mapping[str, Any] | None = None) -> LedgerRecord:
+        if payload is None:
+            try:
+                payload = json.loads(row["payload"])
+            except (ValueError, TypeError) as error:
+                raise LedgerError(
+                    f"row {row['sequence']} of {self._name} does not hold an estimate: {error}"
+                ) from error
+        return LedgerRecord(ledger=self._name, sequence=row["sequence"], run_id=row["run_id"], payload=payload or {})
+
     def _entry(self, row: RowMapping) -> LedgerEntry:
-        try:
-            estimate = LeakageEstimate.from_dict(json.loads(row["payload"]))
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise LedgerError(
-                f"row {row['sequence']} of {self._name} does not hold an estimate that this version can read: {error}"
-            ) from error
         return LedgerEntry(
             sequence=row["sequence"],
             run_id=row["run_id"],
             written_at=row["written_at"],
-            estimate=estimate,
+            estimate=self._record(row).estimate(),
             previous_hash=row["previous_hash"],
             hash=row["hash"],
         )

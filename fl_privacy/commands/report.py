@@ -11,6 +11,7 @@ import typer
 
 from fl_privacy.audit.database import locate
 from fl_privacy.audit.ledger import Ledger
+from fl_privacy.commands.progress import progress_bar
 from fl_privacy.errors import FLPrivacyError
 
 OK, TAMPERED, UNUSABLE = 0, 1, 2
@@ -46,13 +47,14 @@ def report(
         typer.echo(f"{output}: {_sentence(outcome)}")
         if not outcome["ok"]:
             typer.echo(
-                "TAMPERED: the ledger's hash chain is broken; the page and fl-privacy verify say where", err=True
+                f"TAMPERED: {_counted(outcome['problems'])}; the page and fl-privacy verify list what was found",
+                err=True,
             )
     raise typer.Exit(OK if outcome["ok"] else TAMPERED)
 
 
 def _write(ledger: str, output: Path, run: str | None, head: str | None, pictures: Path | None) -> dict[str, object]:
-    from fl_privacy.report import find_pictures, read_history, render_report
+    from fl_privacy.report import find_pictures, read_checked_history, render_report
     from fl_privacy.report.page import headline
     from fl_privacy.report.pictures import pictures_folder
 
@@ -60,12 +62,14 @@ def _write(ledger: str, output: Path, run: str | None, head: str | None, picture
     name = url.render_as_string(hide_password=True)
     if url.get_backend_name() == "sqlite":
         name = Path(str(url.database)).name
-        pictures = pictures or pictures_folder(Path(str(url.database)))
-    with Ledger.open(ledger) as opened:
-        verification = opened.verify(expected_head=head)
-        history = read_history(opened, run_id=run)
+        beside = pictures_folder(Path(str(url.database)))
+    else:
+        beside = None
+    folder = pictures or beside
+    found, skipped = find_pictures(folder, required=pictures is not None) if folder else ([], 0)
+    with Ledger.open(ledger) as opened, progress_bar("rows of the ledger") as progress:
+        history, verification = read_checked_history(opened, run_id=run, expected_head=head, progress=progress)
         others = len(opened.runs()) - 1
-    found, skipped = find_pictures(pictures) if pictures else ([], 0)
     page = render_report(
         history,
         verification,
@@ -77,7 +81,19 @@ def _write(ledger: str, output: Path, run: str | None, head: str | None, picture
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page, encoding="utf-8")
-    return {"output": str(output), "ok": verification.ok, "head": verification.head, **headline(history)}
+    return {
+        "output": str(output),
+        "ok": verification.ok,
+        "head": verification.head,
+        "problems": [str(problem) for problem in verification.problems],
+        **headline(history),
+    }
+
+
+def _counted(problems: object) -> str:
+    """Returns one problem in words, or how many there are."""
+    found = problems if isinstance(problems, list) else []
+    return str(found[0]) if len(found) == 1 else f"{len(found)} problems"
 
 
 def _sentence(outcome: dict[str, object]) -> str:

@@ -140,14 +140,14 @@ def noise_figure(row: LeakageEstimate) -> str | None:
             axes.set(xscale="log", xlabel="noise, standard deviation per parameter")
             needed, target = row.required_noise_std, row.target_leakage
             if needed and target is not None and np.isfinite(needed):
-                height = target if of_leakage else _at(curve.noise_std, curve.rmse(prior or 0.0), needed)
+                height = target if of_leakage else interpolated(curve.noise_std, curve.rmse(prior or 0.0), needed)
                 axes.axvline(needed, color=_SECOND, linewidth=0.8, linestyle="--")
                 axes.plot([needed], [height], color=_SECOND, marker="D", linestyle="", label="needed in all")
                 if of_leakage:
                     axes.axhline(target, color=_SECOND, linewidth=0.8, linestyle="--")
             seen = row.noise_std
             if seen and curve.noise_std[0] <= seen <= curve.noise_std[-1]:
-                height = _at(curve.noise_std, curve.value if of_leakage else curve.rmse(prior or 0.0), seen)
+                height = interpolated(curve.noise_std, curve.value if of_leakage else curve.rmse(prior or 0.0), seen)
                 axes.plot([seen], [height], color=_THIRD, marker="o", linestyle="", label="observed")
             _plain_ticks(axes.xaxis)
         left.legend(loc="lower left")
@@ -227,5 +227,6 @@ def _plain_ticks(axis: Axis) -> None:
     axis.set_minor_formatter(ticker.NullFormatter())
 
 
-def _at(noise: Sequence[float], values: Sequence[float], where: float) -> float:
+def interpolated(noise: Sequence[float], values: Sequence[float], where: float) -> float:
+    """Returns a curve's value at a noise level, interpolated over log σ."""
     return float(np.interp(np.log(where), np.log(noise), values))

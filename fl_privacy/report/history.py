@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from fl_privacy.audit.chain import Verification
 from fl_privacy.audit.estimate import LeakageEstimate, Source, Status
-from fl_privacy.audit.ledger import Ledger
+from fl_privacy.audit.ledger import Ledger, LedgerRecord, Run
 from fl_privacy.audit.metrics import RoundMetrics
 from fl_privacy.audit.wording import natural_key
-from fl_privacy.errors import InvalidInputError
+from fl_privacy.errors import InvalidInputError, LedgerError
 from fl_privacy.interval import Interval
 
 DEFAULT_TARGET = 0.5
 """Leakage that counts as too much where no row names a target."""
+MAX_ROWS = 1000
+"""Most rows of a run that are kept one by one."""
 
 
 class Cell(NamedTuple):
@@ -35,6 +38,21 @@ class Cell(NamedTuple):
         return None if self.leakage is None else not self.leakage.upper <= self.target
 
 
+class Outcome(NamedTuple):
+    """What became of a client in a round, as far as every round's is kept."""
+
+    status: Status
+    source: Source
+    action: str
+    claim_fails: bool
+    """Whether the update lacks the defence that was claimed or expected."""
+
+    @classmethod
+    def of(cls, row: LeakageEstimate) -> Outcome:
+        """Returns the outcome of a row."""
+        return cls(row.status, row.source, row.action, row.claim_holds is False)
+
+
 @dataclass
 class ClientHistory:
     """One client over the rounds of a run.
@@ -42,16 +60,24 @@ class ClientHistory:
     Attributes:
         name: As the rows have it: text from a client, not to be trusted.
         cells: By round.
-        last: The row of its last round.
-        measured: The row of its last round with an estimate.
-        statuses: How often which.
+        last: The row of its last round, without what is read for `measured` only.
+        measured: The row of its last round with an estimate, with its curve, examples, settings and versions.
+        outcomes: The rounds of each outcome, one entry for each row.
     """
 
     name: str
     cells: dict[int, Cell] = field(default_factory=dict)
     last: LeakageEstimate | None = None
     measured: LeakageEstimate | None = None
-    statuses: Counter[Status] = field(default_factory=Counter)
+    outcomes: dict[Outcome, list[int]] = field(default_factory=dict)
+
+    @property
+    def statuses(self) -> Counter[Status]:
+        """How often which."""
+        counts: Counter[Status] = Counter()
+        for outcome, rounds in self.outcomes.items():
+            counts[outcome.status] += len(rounds)
+        return counts
 
     @property
     def known(self) -> Cell | None:
@@ -63,7 +89,7 @@ class ClientHistory:
         known = row.leakage if row.leakage is not None and all(map(math.isfinite, row.leakage)) else None
         target = DEFAULT_TARGET if row.target_leakage is None else row.target_leakage
         self.cells[row.server_round] = Cell(row.status, known, row.required_noise_std, target)
-        self.statuses[row.status] += 1
+        self.outcomes.setdefault(Outcome.of(row), []).append(row.server_round)
         if self.last is None or row.server_round >= self.last.server_round:
             self.last = row
         if known and (self.measured is None or row.server_round >= self.measured.server_round):
@@ -108,6 +134,8 @@ class RunHistory:
         sources: Rows by source.
         statuses: Rows by status.
         rows: Number of rows.
+        every_row: Every row of the run, in order and without curve and examples; empty if there are more than
+            `MAX_ROWS`.
         written: When the first and when the last row was written.
     """
 
@@ -119,6 +147,7 @@ class RunHistory:
     statuses: Counter[Status]
     rows: int
     written: tuple[str, str]
+    every_row: tuple[LeakageEstimate, ...] = ()
 
     @property
     def last_round(self) -> int:
@@ -178,29 +207,84 @@ def read_history(ledger: Ledger, *, run_id: str | None = None) -> RunHistory:
         InvalidInputError: The ledger holds no such run, or none at all.
         LedgerError: The ledger cannot be read.
     """
+    return read_checked_history(ledger, run_id=run_id)[0]
+
+
+def read_checked_history(
+    ledger: Ledger,
+    *,
+    run_id: str | None = None,
+    expected_head: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[RunHistory, Verification]:
+    """Returns what a ledger holds of a run, and the check of the whole ledger, for which every row is read once.
+
+    Args:
+        ledger: Opened to read.
+        run_id: Name of the run. `None`: the last one that began.
+        expected_head: See `Ledger.verify`.
+        progress: Is told (rows read, rows there are).
+
+    Raises:
+        InvalidInputError: The ledger holds no such run, or none at all.
+        ValueError: If `expected_head` is not a hash.
+        LedgerError: The ledger cannot be read.
+    """
     runs = {run.run_id: run for run in ledger.runs()}
     if not runs or (run_id is not None and run_id not in runs):
         raise InvalidInputError(f"the ledger holds no run {run_id or ''!r}, but {', '.join(runs) or 'none at all'}")
-    run = runs[run_id] if run_id is not None else list(runs.values())[-1]
-    clients: dict[str, ClientHistory] = {}
-    rows, sources, statuses, rounds = 0, Counter[Source](), Counter[Status](), set[int]()
-    for entry in ledger.rows(run_id=run.run_id):
-        row = entry.estimate
-        clients.setdefault(row.client, ClientHistory(row.client)).add(row)
-        rows += 1
-        sources[row.source] += 1
-        statuses[row.status] += 1
-        rounds.add(row.server_round)
-    return RunHistory(
-        run_id=run.run_id,
-        rounds=tuple(sorted(rounds)),
-        clients=_ranked(clients.values()),
-        metrics=tuple(ledger.metrics(run_id=run.run_id)),
-        sources=sources,
-        statuses=statuses,
-        rows=rows,
-        written=(run.started, run.ended),
-    )
+    reading = _Reading(runs[run_id] if run_id is not None else list(runs.values())[-1])
+    verification = ledger.verify(expected_head=expected_head, visit=reading.add, progress=progress)
+    if not reading.rows:
+        raise LedgerError("; ".join(map(str, verification.problems)) or f"run {reading.run.run_id} has lost its rows")
+    return reading.finish(tuple(ledger.metrics(run_id=reading.run.run_id))), verification
+
+
+class _Reading:
+    """A run as it is read: of most rows only what a cell needs is looked at."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.rows = 0
+        self._clients: dict[str, ClientHistory] = {}
+        self._measured: dict[str, LedgerRecord] = {}
+        self._every_row: list[LeakageEstimate] = []
+        self._rounds: set[int] = set()
+        self._sources: Counter[Source] = Counter()
+
+    def add(self, record: LedgerRecord) -> None:
+        """Takes in the next row of the ledger."""
+        if record.run_id != self.run.run_id:
+            return
+        row = record.estimate(light=True)
+        client = self._clients.setdefault(row.client, ClientHistory(row.client))
+        client.add(row)
+        if client.measured is row:
+            self._measured[row.client] = record
+        self.rows += 1
+        self._rounds.add(row.server_round)
+        self._sources[row.source] += 1
+        if self.rows <= MAX_ROWS:
+            self._every_row.append(row)
+
+    def finish(self, metrics: tuple[RoundMetrics, ...]) -> RunHistory:
+        """Returns the run, the rows that the page looks into read in full."""
+        statuses: Counter[Status] = Counter()
+        for name, client in self._clients.items():
+            statuses.update(client.statuses)
+            if name in self._measured:
+                client.measured = self._measured[name].estimate()
+        return RunHistory(
+            run_id=self.run.run_id,
+            rounds=tuple(sorted(self._rounds)),
+            clients=_ranked(self._clients.values()),
+            metrics=metrics,
+            sources=self._sources,
+            statuses=statuses,
+            rows=self.rows,
+            written=(self.run.started, self.run.ended),
+            every_row=tuple(self._every_row) if self.rows <= MAX_ROWS else (),
+        )
 
 
 def _ranked(clients: Iterable[ClientHistory]) -> tuple[ClientHistory, ...]:

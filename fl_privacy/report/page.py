@@ -13,9 +13,19 @@ from importlib import resources
 from typing import Any
 
 from fl_privacy.audit.chain import Verification
+from fl_privacy.audit.curve import LeakageCurve
 from fl_privacy.audit.estimate import LeakageEstimate, Status
 from fl_privacy.audit.policy import Policy
-from fl_privacy.audit.wording import ABSENT, about_text, joined, leakage_text, number_text, plain, shortened
+from fl_privacy.audit.wording import (
+    ABSENT,
+    about_text,
+    joined,
+    leakage_text,
+    natural_key,
+    number_text,
+    plain,
+    shortened,
+)
 from fl_privacy.extras import require
 from fl_privacy.interval import Interval
 from fl_privacy.report import figures
@@ -28,6 +38,8 @@ CARDS = 12
 """Most clients that are shown one by one."""
 ROWS = 1000
 """Most rows in the table of rows."""
+_SMALL = (120, 60)
+"""Width and height of a small curve, in the units of its drawing."""
 _NAMES, _NAME_LENGTH, _DETAIL_LENGTH, _PROBLEMS = 6, 60, 300, 20
 
 
@@ -91,7 +103,9 @@ def render_report(
         accuracy=history.accuracy(),
         cards=[_card(client, history) for client in history.clients[:CARDS]],
         classes_figure=figures.classes_figure([c.measured for c in history.clients if c.measured is not None]),
+        small=_small_curves(history),
         rows=_rows(history),
+        outcomes=_outcomes(history),
         pictures=pictures,
         pictures_skipped=pictures_skipped,
         settings=_settings(history),
@@ -259,15 +273,85 @@ def _at_target(row: LeakageEstimate) -> float | None:
 
 
 def _rows(history: RunHistory) -> dict[str, Any]:
-    """Returns the last row of each client, those of which nothing is known before the most exposed, and counts."""
-    last = sorted((c for c in history.clients if c.last), key=lambda c: c.cells[max(c.cells)].leakage is not None)
-    shown = [client.last for client in last[:ROWS]]
+    """Returns every row of a run where they are few, else each client's last; and counts.
+
+    Rows of the last round come first, and of a round those of which nothing is known, then the most exposed.
+    """
+    rank = {client.name: place for place, client in enumerate(history.clients)}
+    every = len(history.every_row) == history.rows
+    found = history.every_row if every else [client.last for client in history.clients if client.last]
+    order = sorted(
+        found, key=lambda row: (-row.server_round if every else 0, row.leakage is not None, rank[row.client])
+    )
+    shown = order[:ROWS]
     return {
         "shown": shown,
+        "every": every,
         "clients": len(history.clients),
+        "columns": [
+            name
+            for name in ("advised_noise_std", "applied_noise_std", "passed_leakage", "claim_holds")
+            if any(getattr(row, name) is not None for row in shown)
+        ],
         "statuses": _counts(history.statuses),
         "sources": _counts(history.sources),
     }
+
+
+def _outcomes(history: RunHistory) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Returns for every client, in natural order, what became of it and in which rounds: all of its rows."""
+    lines = []
+    for client in sorted(history.clients, key=lambda client: natural_key(client.name)):
+        entries = sorted(client.outcomes.items(), key=lambda entry: min(entry[1]))
+        lines.append((client.name, [{**o._asdict(), "rounds": rounds_text(rounds)} for o, rounds in entries]))
+    return lines
+
+
+def rounds_text(rounds: Iterable[int]) -> str:
+    """Returns `1-3, 7`; a round that comes twice is named twice."""
+    parts: list[list[int]] = []
+    for number in sorted(rounds):
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in parts)
+
+
+def _small_curves(history: RunHistory) -> dict[str, Any]:
+    """Returns the predicted error against noise of every client with a curve, as points of small drawings.
+
+    All have one scale: log σ from the least to the largest noise of any curve, and the error as a share √(1 − leakage)
+    of the prior's width.
+    """
+    rows = [c.measured for c in history.clients if c.measured is not None]
+    drawn = [(row, row.curve) for row in rows if row.curve is not None and min(row.curve.noise_std, default=0) > 0]
+    least = min((curve.noise_std[0] for _, curve in drawn), default=1.0)
+    most = max((curve.noise_std[-1] for _, curve in drawn), default=1.0)
+    width, height = _SMALL
+    span = math.log(most / least) or 1.0
+
+    def place(noise: float, error: float) -> tuple[float, float]:
+        return round(width * math.log(noise / least) / span, 1), round(height * (1 - error), 1)
+
+    def on(noise: float | None, curve: LeakageCurve) -> tuple[float, float] | None:
+        if noise is None or not curve.noise_std[0] <= noise <= curve.noise_std[-1]:
+            return None
+        return place(noise, figures.interpolated(curve.noise_std, curve.rmse(1.0), noise))
+
+    lines = [
+        {
+            "name": row.client,
+            "points": " ".join(f"{x:g},{y:g}" for x, y in map(place, curve.noise_std, curve.rmse(1.0))),
+            "needed": on(row.required_noise_std, curve),
+            "seen": on(row.noise_std, curve),
+            "total": row.required_noise_std,
+            "target": row.target_leakage,
+        }
+        for row, curve in drawn
+    ]
+    missing = len(history.clients) - len(lines)
+    return {"lines": lines, "least": least, "most": most, "width": width, "height": height, "missing": missing}
 
 
 def _settings(history: RunHistory) -> list[tuple[str, str]]:

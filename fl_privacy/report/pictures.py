@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fl_privacy.audit.wording import natural_key, plain
+from fl_privacy.errors import InvalidInputError
 
 MAX_PICTURES, MAX_BYTES = 24, 3 * 1024**2
 """Most pictures of a page, and most bytes of all of them."""
@@ -32,13 +33,22 @@ def pictures_folder(ledger: Path) -> Path:
     return ledger.with_suffix(".pictures")
 
 
-def find_pictures(folder: Path) -> tuple[list[Picture], int]:
+def find_pictures(folder: Path, *, required: bool = False) -> tuple[list[Picture], int]:
     """Returns the PNG and JPEG files of a folder in natural order of their names, and how many found no room.
 
     `client-3-after.png` and `client-3-before.png` are shown side by side, as their names are neighbours: whatever sorts
     together is shown together. A folder that is not there holds none.
+
+    Args:
+        folder: Where they are.
+        required: Whether there must be some.
+
+    Raises:
+        InvalidInputError: Some are required, and there are none.
     """
     if not folder.is_dir():
+        if required:
+            raise InvalidInputError(f"expected a folder of pictures at {folder}, and there is no such folder")
         return [], 0
     files = sorted((path for path in folder.iterdir() if path.is_file()), key=_before_first)
     pictures: list[Picture] = []
@@ -58,6 +68,10 @@ def find_pictures(folder: Path) -> tuple[list[Picture], int]:
         left -= size
         uri = f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
         pictures.append(Picture(caption=plain(path.stem), uri=uri))
+    if required and not pictures:
+        raise InvalidInputError(
+            f"expected PNG or JPEG files in {folder}, of at most {MAX_BYTES} bytes, and there are none"
+        )
     return pictures, skipped
 
 

@@ -9,7 +9,7 @@ theme.addEventListener("click", () => { root.dataset.theme = isDark() ? "light" 
 
 const filter = document.getElementById("filter");
 const count = document.getElementById("shown");
-const rows = [...document.querySelectorAll("#rows tbody tr")];
+const rows = [...document.querySelectorAll("#rows tbody tr, #outcomes tbody tr")];
 filter.closest("p").hidden = false;
 filter.addEventListener("input", () => {
   const wanted = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
@@ -21,3 +21,9 @@ filter.addEventListener("input", () => {
   }
   count.textContent = `${shown} of ${rows.length} rows shown`;
 });
+
+for (const zoom of document.querySelectorAll(".zoom")) {
+  zoom.addEventListener("click", () => {
+    zoom.setAttribute("aria-pressed", zoom.getAttribute("aria-pressed") === "true" ? "false" : "true");
+  });
+}

@@ -13,15 +13,16 @@ from fl_privacy.audit.chain import Verification
 from fl_privacy.audit.estimate import Source, Status
 from fl_privacy.audit.ledger import Ledger
 from fl_privacy.report import ClientHistory, RunHistory, read_history, render_report
-from fl_privacy.report.history import Cell
+from fl_privacy.report.history import Cell, Outcome
+from fl_privacy.report.pictures import find_pictures
 
 from .cases import audited
 
 UNTOUCHED = Verification(rows=14, head="0" * 64, anchored=None, problems=())
 
 
-def page_of(history: RunHistory, path: Path) -> Path:
-    path.write_text(render_report(history, UNTOUCHED, ledger="run.db", version="0"), encoding="utf-8")
+def page_of(history: RunHistory, path: Path, **options) -> Path:
+    path.write_text(render_report(history, UNTOUCHED, ledger="run.db", version="0", **options), encoding="utf-8")
     return path
 
 
@@ -70,6 +71,7 @@ def test_it_draws_without_an_error_or_a_request(page):
     assert all(url.startswith(("file:", "data:")) for url in urls)
     sizes = page.execute_script(
         "return [...document.querySelectorAll('details[open] svg, figure > svg')].filter(s => s.checkVisibility())"
+        ".filter(s => !s.closest('.small'))"
         ".map(s => s.getBoundingClientRect().width)"
     )
     assert len(sizes) == 3
@@ -104,7 +106,7 @@ def test_everything_can_be_reached_and_used_from_the_keyboard(page):
             break
         reached.append(active.get_attribute("id") or active.get_attribute("aria-label") or active.tag_name)
     assert reached[0] == "a"  # the link that skips to the findings
-    assert {"theme", "filter", "Heat map of leakage", "Rows"} <= set(reached)
+    assert {"theme", "filter", "Small curves", "Heat map of leakage", "Rows"} <= set(reached)
     assert reached.count("summary") == 1 + 6  # the numbers, and each client
     closed = page.find_elements("css selector", "details:not([open]) > summary")[1]
     closed.send_keys(Keys.ENTER)
@@ -117,16 +119,46 @@ def test_rows_can_be_filtered(page):
         "return [...document.querySelectorAll('#rows tbody tr')].filter(r => !r.hidden).length"
     )
     assert visible == 1
-    assert page.find_element("id", "shown").text == "1 of 6 rows shown"
+    assert page.find_element("id", "shown").text == "1 of 11 rows shown"
+
+
+def test_a_wide_picture_fills_the_page_and_opens_to_its_own_size(browser, path, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    image.effect_noise((2400, 400), 60).resize((2400, 400)).save(folder / "client-1-round-2.jpg", quality=20)
+    with Ledger.open(path) as ledger:
+        written = page_of(read_history(ledger), tmp_path / "p.html", pictures=find_pictures(folder, required=True)[0])
+    browser.get(written.as_uri())
+    assert browser.get_log("browser") == []
+    width = "return document.querySelector('.pictures img').getBoundingClientRect().width"
+    fitted, main = browser.execute_script(width), browser.execute_script("return document.body.clientWidth")
+    assert fitted > 0.85 * main
+    screenshot(browser, "report-pictures")
+    browser.find_element("css selector", ".zoom").click()
+    assert browser.execute_script(width) > 2300
+    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    browser.find_element("css selector", ".zoom").click()
+    assert browser.execute_script(width) == fitted
+
+
+def test_the_table_of_rows_is_not_cut_off(page):
+    page.set_window_size(1200, 900)
+    detail = "return document.querySelector('#rows thead th:last-child').getBoundingClientRect().right <= innerWidth"
+    assert page.execute_script(detail)
 
 
 def test_a_thousand_clients_in_a_hundred_rounds(browser, tmp_path):
     rounds = range(1, 101)
     clients = []
     for number in range(1000):
-        client = ClientHistory(f"hospital-{number}", statuses=Counter({Status.AUDITED: 100}))
+        client = ClientHistory(f"hospital-{number}")
         client.last = client.measured = audited(100, client.name, 1 - number / 1000)
         row = client.last
+        client.outcomes = {
+            Outcome.of(row): list(range(1, 101, 2)),
+            Outcome(Status.NO_REPLY, Source.NONE, "excluded", claim_fails=False): list(range(2, 101, 2)),
+        }
         client.cells = {r: Cell(row.status, row.leakage, row.required_noise_std, 0.5) for r in rounds}
         clients.append(client)
     history = RunHistory(
@@ -146,6 +178,8 @@ def test_a_thousand_clients_in_a_hundred_rounds(browser, tmp_path):
     browser.get(page.as_uri())
     assert browser.get_log("browser") == []
     assert len(browser.find_elements("css selector", "#rows tbody tr")) == 1000
+    assert len(browser.find_elements("css selector", "#outcomes tbody tr")) == 1000
+    assert len(browser.find_elements("css selector", ".small polyline")) == 1000
     assert (
         browser.execute_script("return document.querySelector('figure svg image').getBoundingClientRect().width") > 400
     )

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fl_privacy.audit.estimate import Status
+from fl_privacy.audit.estimate import Source, Status
 from fl_privacy.audit.ledger import Ledger
 from fl_privacy.cli import app
 from fl_privacy.interval import Interval
-from fl_privacy.report import read_history
-from fl_privacy.report.page import _rounds, headline
+from fl_privacy.report import read_checked_history, read_history
+from fl_privacy.report.page import _outcomes, _rounds, headline, rounds_text
 from fl_privacy.report.pictures import find_pictures
 
 from .cases import HOSTILE, audited, silent
@@ -180,6 +180,52 @@ class TestHeadline:
         assert "holds no accuracy" in page.text
 
 
+class TestRows:
+    def test_every_row_of_a_small_run_is_shown_with_what_was_done(self, path):
+        page = report(path)
+        assert "Every row of the run" in page.text
+        assert [tag for tag, _ in page.tags].count("polyline") == 6
+        assert "noise advised" not in page.text  # where no row has any
+        with Ledger(path) as ledger:
+            advised = audited(3, "1", 0.3, advised_noise_std=0.02, applied_noise_std=0.0125, claim_holds=False)
+            ledger.append([advised], run_id="later")
+        html = re.sub(r"\s+", " ", report(path).text)
+        assert "noise advised noise put on defence claimed claim action" not in html  # cells have nothing between them
+        assert "noise advisednoise put on" in html
+        assert "0.020.0125fails" in html
+
+    def test_a_run_of_many_rows_keeps_status_and_source_of_each(self, tmp_path):
+        path = tmp_path / "l.db"
+        with Ledger(path) as ledger:
+            for number in range(1, 42):
+                lost = silent(number, "c-0") if number in (7, 8, 40) else audited(number, "c-0", 0.7)
+                rows = [audited(number, f"c-{c}", 0.9 - c / 100, source=Source.CLIENT) for c in range(1, 25)]
+                ledger.append([lost, *rows], run_id="r")
+            history, verification = read_checked_history(ledger)
+        assert verification.ok
+        assert (history.rows, verification.rows, history.every_row) == (1025, 1025, ())
+        first = next(client for client in history.clients if client.name == "c-0")
+        assert first.last.examples == ()
+        assert len(first.measured.examples) == 4
+        assert sum(len(rounds) for client in history.clients for rounds in client.outcomes.values()) == 1025
+        lines = dict(_outcomes(history))
+        assert [(e["status"], e["source"], e["rounds"]) for e in lines["c-0"]] == [
+            (Status.AUDITED, Source.TRUSTED, "1-6, 9-39, 41"),
+            (Status.NO_REPLY, Source.NONE, "7-8, 40"),
+        ]
+        assert [(e["source"], e["rounds"]) for e in lines["c-24"]] == [(Source.CLIENT, "1-41")]
+        page = report(path)
+        assert "All 1025 rows" in page.text
+        assert [tag for tag, _ in page.tags].count("polyline") == 25
+        # Per client at most a row, a small curve and its outcomes: 1,000 of them stay under 10 MB.
+        html = (path.parent / "out" / "report.html").read_text(encoding="utf-8")
+        growing = html[html.index('id="curves"') : html.index('id="spread"')] + html[html.index('id="rows"') :]
+        assert len(growing.encode()) / 25 * 1000 < 5e6
+
+    def test_rounds_in_words(self):
+        assert rounds_text([3, 1, 2, 7, 7]) == "1-3, 7, 7"
+
+
 class TestUntrustedText:
     def test_it_is_text_and_never_markup(self, path):
         page = report(path)
@@ -193,7 +239,9 @@ class TestUntrustedText:
         report(path)
         html = (path.parent / "out" / "report.html").read_text(encoding="utf-8")
         figures = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
-        assert len(figures) == 1 + 6 + 1  # over rounds, six clients' curves, classes
+        small = [figure for figure in figures if "<polyline" in figure]
+        assert len(figures) == 1 + 6 + 6 + 1  # over rounds, six clients' curves, the same in small, classes
+        assert len(small) == 6
         for figure in figures:
             ET.fromstring(figure)
             assert "alert" not in figure
@@ -253,18 +301,27 @@ class TestCommand:
             raw.execute("UPDATE fl_privacy_ledger SET payload = replace(payload, '0.97', '0.17') WHERE sequence = 8")
         raw.close()
         text = report(path, code=1).text
-        assert "The ledger was tampered with." in text
+        assert "The ledger fails its check." in text
         assert "row 8: was changed" in text
 
     def test_a_head_that_the_ledger_has_and_one_that_it_has_not(self, path):
         with Ledger.open(path) as ledger:
             head = ledger.head()
         assert "up to row 14 as they were" in report(path, "--head", head).text
-        report(path, "--head", "ab" * 32, code=1)
+        arguments = ["report", str(path), "-o", str(path.parent / "r.html"), "--head", "ab" * 32]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 1
+        assert "TAMPERED: no row has the expected head abab" in result.stderr
+        assert "no row has the expected head abab" in Page((path.parent / "r.html").read_text()).text
 
     @pytest.mark.parametrize(
         ("arguments", "words"),
-        [(["none.db"], "there is no ledger"), (["run.db", "--run", "x"], "holds no run 'x', but earlier, later")],
+        [
+            (["none.db"], "there is no ledger"),
+            (["run.db", "--pictures", "none"], "there is no such folder"),
+            (["run.db", "--pictures", "."], "there are none"),
+            (["run.db", "--run", "x"], "holds no run 'x', but earlier, later"),
+        ],
     )
     def test_what_cannot_be_reported(self, path, monkeypatch, arguments, words):
         monkeypatch.chdir(path.parent)
