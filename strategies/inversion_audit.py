@@ -38,7 +38,7 @@ from fl_privacy.flower.records import CLAIM
 from fl_privacy.flower.request import Request
 from fl_privacy.influence.layout import ParameterLayout
 from fl_privacy.influence.update import Loss
-from fl_privacy.monitoring.callback import RoundCallback, close_all, notify
+from fl_privacy.monitoring.callback import RoundCallback, close_all, notify, notify_pictures
 from fl_privacy.strategies.actions import PolicyActions
 from fl_privacy.strategies.display import RoundDisplay
 from fl_privacy.strategies.replies import Reading, read_replies
@@ -97,7 +97,8 @@ class InversionAudit(Strategy):
         run_id: Name of this run in the ledger. Default: a random one.
         callbacks: Told of every audited round, such as `fl_privacy.monitoring.TensorBoardCallback`.
         examine: Given every audited round with the batches that were handed over, for pictures or studies of one's own.
-            What it raises costs a line in the log.
+            It may return the image files that it drew, by client, which callbacks are then given. What it raises
+            costs a line in the log.
 
     Raises:
         InvalidInputError: An option is out of range.
@@ -123,7 +124,7 @@ class InversionAudit(Strategy):
         show: bool = True,
         run_id: str | None = None,
         callbacks: Sequence[RoundCallback] = (),
-        examine: Callable[[AuditedRound], None] | None = None,
+        examine: Callable[[AuditedRound], Mapping[str, Path] | None] | None = None,
     ) -> None:
         super().__init__()
         self.policy = Policy.of(policy)
@@ -325,7 +326,7 @@ class InversionAudit(Strategy):
             return
         audited = [(reading.task, reading.row) for reading in readings if isinstance(reading.task, AuditTask)]
         try:
-            self._examine(
+            pictures = self._examine(
                 AuditedRound(
                     server_round=server_round,
                     context=self._auditor.context,
@@ -334,6 +335,8 @@ class InversionAudit(Strategy):
                     rows=[row for _, row in audited],
                 )
             )
+            if pictures:
+                notify_pictures(self.callbacks, server_round, pictures)
         except Exception:
             log(WARNING, "the round could not be examined further:\n%s", traceback.format_exc())
 

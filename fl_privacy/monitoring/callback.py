@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from fl_privacy.audit.estimate import LeakageEstimate
@@ -20,7 +21,8 @@ _NAME_LENGTH = 60
 class RoundCallback(Protocol):
     """Is told of every audited round, in the server's process, after its rows were written to the ledger.
 
-    A callback may also have `close()`, which is called once, when the run ends.
+    A callback may also have `on_pictures(server_round, pictures)`, which is given the image files that the run drew of
+    clients in a round, by client, after `on_round`; and `close()`, which is called once, when the run ends.
     """
 
     def on_round(self, server_round: int, rows: Sequence[LeakageEstimate]) -> None:
@@ -78,9 +80,9 @@ def most_exposed(rows: Sequence[LeakageEstimate], count: int) -> list[LeakageEst
     return sorted(rows, key=lambda row: -client_numbers(row).get("leakage_upper", math.inf))[:count]
 
 
-def client_name(row: LeakageEstimate) -> str:
+def client_name(client: str) -> str:
     """Returns a client's name as a label: it is text from the client, of any length and content."""
-    return shortened(plain(row.client), _NAME_LENGTH)
+    return shortened(plain(client), _NAME_LENGTH)
 
 
 def notify(callbacks: Iterable[RoundCallback], server_round: int, rows: Sequence[LeakageEstimate]) -> None:
@@ -90,6 +92,15 @@ def notify(callbacks: Iterable[RoundCallback], server_round: int, rows: Sequence
             callback.on_round(server_round, tuple(rows))
         except Exception:  # monitoring must not end the training
             _log.exception("the callback %s failed in round %d", type(callback).__name__, server_round)
+
+
+def notify_pictures(callbacks: Iterable[RoundCallback], server_round: int, pictures: Mapping[str, Path]) -> None:
+    """Gives the pictures of a round to every callback that takes some; what one raises is logged."""
+    for callback in callbacks:
+        try:
+            getattr(callback, "on_pictures", lambda *_: None)(server_round, dict(pictures))
+        except Exception:
+            _log.exception("the callback %s failed on pictures of round %d", type(callback).__name__, server_round)
 
 
 def close_all(callbacks: Iterable[RoundCallback]) -> None:

@@ -73,7 +73,7 @@ class PrometheusCallback:
         for gauge in (*self._of_client.values(), self._status):
             gauge.clear()
         for row in most_exposed(rows, self._max_clients):
-            name = client_name(row)
+            name = client_name(row.client)
             self._status.labels(client=name, status=str(row.status)).set(1)
             for number, value in client_numbers(row).items():
                 self._of_client[number].labels(client=name).set(value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from fl_privacy.monitoring.callback import client_name, client_numbers, most_exp
 
 class TensorBoardCallback:
     """Writes event files: `round/...` for the federation, `leakage/CLIENT` and the like for each client.
+
+    Pictures that the run draws of a client are `pictures/CLIENT`, at their round.
 
     Args:
         folder: Where event files go.
@@ -39,8 +41,15 @@ class TensorBoardCallback:
                 self._writer.add_scalar(f"round/{name}", value, server_round)
         for row in most_exposed(rows, self._max_clients):
             for name, value in client_numbers(row).items():
-                self._writer.add_scalar(f"{name}/{client_name(row)}", value, server_round)
+                self._writer.add_scalar(f"{name}/{client_name(row.client)}", value, server_round)
         self._add_pictures(server_round)
+        self._writer.flush()
+
+    def on_pictures(self, server_round: int, pictures: Mapping[str, Path]) -> None:
+        """Writes the pictures of a round, each under its client's name."""
+        for client, path in pictures.items():
+            self._add_picture(client_name(client), path, server_round)
+            self._shown[path] = path.stat().st_mtime  # it may lie in the folder that is looked through, too
         self._writer.flush()
 
     def close(self) -> None:
@@ -51,11 +60,14 @@ class TensorBoardCallback:
         """Adds pictures that are new, or have changed."""
         if self._pictures is None or not self._pictures.is_dir():
             return
-        numpy, images = require("numpy"), require("PIL.Image", extra="tensorboard")
         for path in sorted(self._pictures.glob("*.png")):
             changed = path.stat().st_mtime
             if self._shown.get(path) != changed:
-                with images.open(path) as image:
-                    pixels = numpy.asarray(image.convert("RGB"))
-                self._writer.add_image(f"pictures/{path.stem}", pixels, server_round, dataformats="HWC")
+                self._add_picture(path.stem, path, server_round)
                 self._shown[path] = changed
+
+    def _add_picture(self, name: str, path: Path, server_round: int) -> None:
+        numpy, images = require("numpy"), require("PIL.Image", extra="tensorboard")
+        with images.open(path) as image:
+            pixels = numpy.asarray(image.convert("RGB"))
+        self._writer.add_image(f"pictures/{name}", pixels, server_round, dataformats="HWC")

@@ -338,6 +338,23 @@ def test_an_audited_round_can_be_examined_with_its_batches_and_what_that_raises_
         assert set(audited.params) == set(new_model().state_dict())
 
 
+def test_pictures_that_are_drawn_of_a_round_are_given_to_callbacks_that_take_them(tmp_path):
+    given = []
+
+    class Pictures:
+        def on_round(self, server_round, rows):
+            given.append(server_round)
+
+        def on_pictures(self, server_round, pictures):
+            given.append((server_round, pictures))
+
+    def examine(audited):
+        return {"10": tmp_path / "10.png"} if audited.server_round == 2 else {}
+
+    run(audit("report", examine=examine, callbacks=[Pictures()]), rounds=2)
+    assert given == [1, 2, (2, {"10": tmp_path / "10.png"})]
+
+
 def clipping(message, context, call_next):
     """Scales every update to a norm of 0.05, as a client that clips does, and adds noise of its own."""
     initial = {name: array.numpy() for name, array in message.content["arrays"].items()}

@@ -7,13 +7,14 @@ import socket
 import urllib.error
 import urllib.request
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from fl_privacy.audit.estimate import LeakageEstimate, Source, Status
 from fl_privacy.interval import Interval
 from fl_privacy.monitoring import PrometheusCallback, RoundCallback, RoundSummary, TensorBoardCallback, summarize
-from fl_privacy.monitoring.callback import close_all, notify
+from fl_privacy.monitoring.callback import close_all, notify, notify_pictures
 
 HOSTILE = 'evil"} 1\nfl_privacy_round 99\n'
 
@@ -65,6 +66,7 @@ class TestProtocol:
         callbacks = [Failing(), Plain()]
         assert all(isinstance(callback, RoundCallback) for callback in callbacks)
         notify(callbacks, 1, ROUNDS[0])
+        notify_pictures(callbacks, 1, {"a": Path("none.png")})  # nobody takes any
         close_all(callbacks)
         assert seen == [(1, ["a", "b", "c"])]
         assert "the callback Failing failed in round 1" in caplog.text
@@ -84,6 +86,10 @@ class TestTensorBoard:
         for server_round, rows in enumerate(ROUNDS, start=1):
             Image.new("RGB", (8, 8), (0, 0, 40 * server_round)).save(pictures / f"client-{server_round}-before.png")
             callback.on_round(server_round, rows)
+        drawn = (
+            pictures / "client-2-before.png"
+        )  # drawn by the run, and in the folder, too: shown once more under its client
+        notify_pictures([callback], 2, {HOSTILE: drawn})
         callback.close()
         events = EventAccumulator(str(tmp_path / "events"), size_guidance={"images": 0})
         events.Reload()
@@ -94,7 +100,11 @@ class TestTensorBoard:
         assert scalars["round/not_known"] == [(1, 1.0), (2, 0.0)]
         assert scalars["round/above_target"] == [(1, 1.0), (2, 1.0)]
         images = {tag: [image.step for image in events.Images(tag)] for tag in events.Tags()["images"]}
-        assert images == {"pictures/client-1-before": [1], "pictures/client-2-before": [2]}
+        assert images == {
+            "pictures/client-1-before": [1],
+            "pictures/client-2-before": [2],
+            'pictures/evil"} 1 fl_privacy_round 99': [2],
+        }
 
 
 class TestPrometheus:

@@ -30,14 +30,14 @@ class WorstClientPicture:
         self._folder = folder
         self._worst: str | None = None
 
-    def __call__(self, audited: AuditedRound) -> None:
-        """Remembers the worst client of the first round, and draws it at the last."""
+    def __call__(self, audited: AuditedRound) -> dict[str, Path]:
+        """Remembers the worst client of the first round, draws it at the last, and returns what it drew, by client."""
         found = {task.client: (task, row) for task, row in zip(audited.tasks, audited.rows, strict=True)}
         leaking = {client: row.leakage.value for client, (_, row) in found.items() if row.leakage is not None}
         if self._worst is None and leaking:
             self._worst = max(leaking, key=leaking.__getitem__)
         if audited.server_round != self._last_round or self._worst not in leaking:
-            return
+            return {}
         task, row = found[self._worst]
         noise = "" if task.applied_noise_std is None else f"noise {task.applied_noise_std:.2g}"
         name = noise if task.defence in ("", "none") else f"{task.defence} {noise}".strip()
@@ -53,3 +53,4 @@ class WorstClientPicture:
         path = self._folder / f"client-{safe}-round-{audited.server_round}.png"
         draw_picture(picture, path, title=f"What an attacker rebuilds of client {self._worst}", bounds=(0.0, 1.0))
         log(INFO, "Picture of what an attacker rebuilds of client %s: %s", self._worst, path)
+        return {self._worst: path}

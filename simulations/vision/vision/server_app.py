@@ -17,6 +17,7 @@ from torch import nn
 from fl_privacy.audit import AuditSettings, Executor, RayExecutor, SerialExecutor
 from fl_privacy.audit.policy import Policy, PolicyAction
 from fl_privacy.audit.settings import Unit
+from fl_privacy.monitoring import RoundCallback, TensorBoardCallback
 from fl_privacy.reference import ImageData
 from fl_privacy.strategies import InversionAudit
 from fl_privacy.strategies.inversion_audit import OnAuditFailure
@@ -61,6 +62,7 @@ def main(grid: Grid, context: Context) -> None:
         on_audit_failure=cast(OnAuditFailure, settings.audit_on_failure),
         time_limit=settings.audit_time_limit,
         examine=new_picture(settings, data),
+        callbacks=new_callbacks(settings),
     )
     result = strategy.start(
         grid=grid,
@@ -81,6 +83,11 @@ def new_picture(settings: Settings, data: ImageData) -> WorstClientPicture | Non
         return None
     beside = Path(settings.ledger) if "://" not in settings.ledger else Path("runs/vision")
     return WorstClientPicture(data.train, last_round=settings.num_server_rounds, folder=beside.with_suffix(".pictures"))
+
+
+def new_callbacks(settings: Settings) -> list[RoundCallback]:
+    """Returns who is told of every round: TensorBoard, for a run that names a folder for it."""
+    return [TensorBoardCallback(settings.tensorboard)] if settings.tensorboard else []
 
 
 def new_inner_strategy(settings: Settings) -> FedAvg:

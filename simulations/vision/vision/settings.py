@@ -51,6 +51,7 @@ class Settings:
     picture: bool
     reference_run: bool
     ledger: str
+    tensorboard: str
 
     def __post_init__(self) -> None:
         choices = {
