@@ -22,5 +22,6 @@ def require(module: str, *, extra: str = "simulation") -> Any:
         if error.name is None or error.name.partition(".")[0] != module.partition(".")[0]:
             raise  # the module is there, and something that it needs itself is not
         raise ImportError(
-            f"{module} is not installed; it comes with the extra {extra!r}: pip install 'fl-privacy[{extra}]'"
+            f"{module} is not installed; it comes with the extra {extra!r}: pip install '.[{extra}]' in a checkout of "
+            "fl_privacy"
         ) from error

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
 import tarfile
 import venv
 import zipfile
+from email import message_from_bytes
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -28,6 +32,24 @@ for package, name in (("report", "report.css"), ("report", "report.html.jinja"),
 assert (resources.files("fl_privacy") / "py.typed").is_file()
 extras = set(metadata.metadata("fl-privacy").get_all("Provides-Extra"))
 assert {"ray", "simulation", "report", "tensorboard", "prometheus"} <= extras, extras
+"""
+
+MODEL = """
+import torch
+from torch import nn
+def small():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 4)), nn.CrossEntropyLoss()
+"""
+BATCH = """
+import torch
+torch.save({"inputs": torch.rand(4, 1, 4, 4), "labels": torch.tensor([0, 1, 2, 3])}, "batch.pt")
+"""
+LEDGER = """
+from fl_privacy import LeakageEstimate, Status
+from fl_privacy.audit import Ledger
+with Ledger("audit.db") as ledger:
+    ledger.append([LeakageEstimate(server_round=1, client="a", status=Status.NO_REPLY)], run_id="1")
 """
 
 
@@ -73,6 +95,63 @@ def test_the_wheel_runs_in_an_empty_environment(wheel, tmp_path):
     assert run(environment / "bin" / "fl-privacy", "--version", cwd=tmp_path, env=clean) == "fl-privacy 0.1.0\n"
     written = run(environment / "bin" / "fl-privacy", "init", "first_app", cwd=tmp_path, env=clean)
     assert "first_app/pyproject.toml" in written
+
+
+def third_party(source: bytes, name: str) -> set[str]:
+    """Returns the top-level modules of others that a module imports, by statement or by `require("...")`."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source, name)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "require":
+            found |= {argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant)}
+    tops = {module.partition(".")[0] for module in found}
+    return tops - set(sys.stdlib_module_names) - {"fl_privacy"}
+
+
+def test_every_import_of_another_package_is_declared(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        required = message_from_bytes(archive.read(metadata)).get_all("Requires-Dist")
+        declared = {normalized(re.match(r"[\w.-]+", line).group()) for line in required}
+        imported = {}
+        for name in archive.namelist():
+            if name.endswith(".py"):
+                for module in third_party(archive.read(name), name):
+                    imported.setdefault(module, name)
+    distributions = packages_distributions()
+    assert {"torch", "flwr", "matplotlib", "jinja2"} <= imported.keys()
+    for module, where in imported.items():
+        owners = {normalized(owner) for owner in distributions.get(module, [module])}
+        assert owners & declared, f"{where} imports {module} of {', '.join(owners)}, which pyproject.toml does not name"
+
+
+def normalized(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+@pytest.mark.skipif(
+    "FL_PRIVACY_DOWNLOADS" not in os.environ, reason="downloads all dependencies: FL_PRIVACY_DOWNLOADS=1 turns it on"
+)
+@pytest.mark.timeout(3600)
+def test_the_wheel_and_what_pip_finds_for_it_run_in_a_new_environment(wheel, tmp_path):
+    """As a stranger would: nothing is borrowed."""
+    environment = tmp_path / "environment"
+    venv.create(environment, with_pip=True, symlinks=True)
+    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    here = {"cwd": tmp_path, "env": clean}
+    python, command = environment / "bin" / "python", environment / "bin" / "fl-privacy"
+    run(python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", f"{wheel}[simulation]", **here)
+    run(python, "-m", "pip", "check", **here)
+    run(python, "-c", PROGRAM, **here)
+    assert run(command, "--version", **here) == "fl-privacy 0.1.0\n"
+    (tmp_path / "models.py").write_text(MODEL)
+    run(python, "-c", BATCH, **here)
+    assert "audited" in run(command, "audit", "models:small", "--batch", "batch.pt", **here)
+    run(python, "-c", LEDGER, **here)
+    assert "0 of 1 clients above target" in run(command, "report", "audit.db", "-o", "report.html", **here)
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):

@@ -20,7 +20,7 @@ import pytest
 from fl_privacy.audit import LeakageEstimate, Ledger, Status
 from fl_privacy.errors import LedgerError
 
-psycopg = pytest.importorskip("psycopg", reason="the driver is not installed: pip install 'fl-privacy[postgresql]'")
+psycopg = pytest.importorskip("psycopg", reason="the driver is not installed: pip install '.[postgresql]'")
 
 WRITERS, BATCHES, ROWS = 8, 10, 5
 WRITER = """

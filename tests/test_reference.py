@@ -206,5 +206,5 @@ def test_a_part_of_cifar10_is_read_as_it_is():
 
 
 def test_a_missing_extra_is_named():
-    with pytest.raises(ImportError, match=r"pip install 'fl-privacy\[simulation\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[simulation\]'"):
         require("a_package_that_nobody_has.datasets")

@@ -1,7 +1,7 @@
 """Reference models and image data that simulations, studies and tests share.
 
 Nothing in the library itself rests on this package. It needs the extra `simulation`
-(`pip install 'fl-privacy[simulation]'`); what is missing is named when it is first needed.
+(`pip install '.[simulation]'`); what is missing is named when it is first needed.
 """
 
 from fl_privacy.reference.datasets import DATASETS, ImageData, ImageSet, load_dataset
