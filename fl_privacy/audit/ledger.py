@@ -375,7 +375,7 @@ class Ledger:
         count = connection.execute(select(func.count()).select_from(ROWS)).scalar_one()
         return page, count, [row._asdict() for row in connection.execute(select(HEAD))]
 
-    def _record(self, row: Mapping[str, Any], payload: Mapping[str, Any] | None = None) -> LedgerRecord:
+    def _record(self, row: Mapping[str, Any] | RowMapping, payload: Mapping[str, Any] | None = None) -> LedgerRecord:
         if payload is None:
             try:
                 payload = json.loads(row["payload"])
