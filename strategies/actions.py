@@ -103,6 +103,7 @@ class PolicyActions:
                 update_dim=self._sizes[node_id],
                 average_norm=average_norm,
                 num_clients=len(self._required),
+                shares=self.policy.shares,
             )
             self._families[node_id] = cheaper_family(relative, target_leakage=self._targets[node_id])
 

@@ -1,10 +1,9 @@
 """Which family of noise costs the model less: on the update, or on the inputs it is computed from.
 
-Isotropic noise is a variance. On the average of C clients it is σ√P/√C long, beside an average update of length ‖ū‖.
-For T shares of an example σ grows by √T, and over the T rounds noise adds up to √T of one round's and updates to T of
-one's: both cancel, so over the run, whatever T,
+Isotropic noise is a variance. For T shares of an example it is σ√T, and on the average of C clients √(TP/C)·σ long,
+beside an average update of length ‖ū‖:
 
-    relative noise = σ√P / (√C ‖ū‖),    σ: what one share needs for the target.
+    relative noise = σ√(TP/C)/‖ū‖,    σ: what one share needs for the target.
 
 Noise on the inputs that is kept is a bias, of rms τ√(1/L − 1) where it is white: relative to the inputs' own spread it
 depends on the target L alone. So isotropic noise is chosen where its relative noise is at most a multiple of that.
@@ -16,23 +15,24 @@ import math
 
 from fl_privacy.audit.settings import Family
 
-_MOST_PER_BIAS = 0.6
+_MOST_PER_BIAS = 2.0
 """Relative noise of the isotropic family, per relative rms of noise on inputs, up to which it is the cheaper one: the
 cells of `fl-privacy study noise-accuracy` where it kept up and where it did not lie on either side (docs/noise.md)."""
 
 
-def relative_noise(noise_std: float, *, update_dim: int, average_norm: float, num_clients: int) -> float:
-    """Returns σ√P/(√C‖ū‖); infinite where the average update is 0.
+def relative_noise(noise_std: float, *, update_dim: int, average_norm: float, num_clients: int, shares: int) -> float:
+    """Returns σ√(TP/C)/‖ū‖; infinite where the average update is 0.
 
     Args:
         noise_std: σ that one share of a client needs for its target, per parameter of its update.
         update_dim: P.
         average_norm: ‖ū‖, of the average of all clients' updates.
         num_clients: C.
+        shares: T, how many shares of one example must meet the target together.
     """
     if not average_norm > 0:
         return math.inf
-    return noise_std * math.sqrt(update_dim / num_clients) / average_norm
+    return noise_std * math.sqrt(shares * update_dim / num_clients) / average_norm
 
 
 def cheaper_family(relative: float, *, target_leakage: float) -> Family:

@@ -409,7 +409,7 @@ def _mean(rows: Sequence[AccuracyRow]) -> float:
 
 def _recommended(rows: Sequence[AccuracyRow], target: float) -> str:
     """The arm that the library's estimate picks in a cell."""
-    relative = statistics.median(row.relative_noise for row in rows)
+    relative = statistics.median(row.relative_noise * math.sqrt(row.num_rounds) for row in rows)
     return "isotropic" if cheaper_family(relative, target_leakage=target) == "isotropic" else "shaped kept"
 
 
