@@ -14,6 +14,7 @@ from fl_privacy.validation.summary import best_attacks, explained_runs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 _MARKERS = "osD^vP*X"
@@ -71,6 +72,8 @@ def _draw_agreement(rows: Sequence[ValidationRow], axes: Axes, title: str) -> No
     axes.set_xlabel("predicted error, rmse per input element")
     axes.set_ylabel("error of the best attack, rmse per input element")
     axes.set_aspect("equal")
+    for axis in (axes.xaxis, axes.yaxis):
+        _plain_ticks(axis)
     axes.legend(frameon=False, fontsize=9)
 
 
@@ -97,4 +100,13 @@ def _draw_corridor(rows: Sequence[ValidationRow], axes: Axes) -> None:
     axes.set(xscale="log", yscale="log", title="the corridor: medians, and each run (hollow: failed)")
     axes.set_xlabel("noise, standard deviation per parameter")
     axes.set_ylabel("error, rmse per input element")
+    _plain_ticks(axes.yaxis)
     axes.legend(frameon=False, fontsize=9)
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """Labels 1, 2 and 5 of each decade by plain numbers, which do not run into one another as all nine would."""
+    ticker = require("matplotlib.ticker")
+    axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
