@@ -19,7 +19,6 @@ from fl_privacy.audit.policy import Policy
 from fl_privacy.audit.wording import (
     ABSENT,
     about_text,
-    joined,
     leakage_text,
     natural_key,
     number_text,
@@ -171,15 +170,16 @@ def _met(remedy: dict[str, Any]) -> str:
 
 def _needs(remedy: dict[str, Any]) -> str:
     """Returns in words what total noise does, and what of it is to be added."""
-    there, missing = "there is none yet", ""
-    if remedy["observed_noise_std"]:
-        there = f"σ = {number_text(remedy['observed_noise_std'])} was observed"
-        credited = remedy["noise_to_add_std"] < remedy["total_noise_std"]
-        missing = f"σ = {number_text(remedy['noise_to_add_std'])} is to be added"
-        missing = missing if credited else f"none of it can be credited, so {missing}"
+    observed, missing, total = (remedy[name] for name in ("observed_noise_std", "noise_to_add_std", "total_noise_std"))
+    brings = f"brings its leakage to {remedy['target']:g}"
+    if not observed:
+        return f"noise on each parameter of its update, what is there included, that {brings}; there is none yet"
+    there = f"σ = {number_text(observed)} was observed"
+    if missing < total:
+        to_add = f"σ = {number_text(missing)} is to be added"
+        return f"noise on each parameter of its update, what is there included, that {brings}; {there}; {to_add}"
     return (
-        f"noise on each parameter of its update, what is there included, that brings its leakage to "
-        f"{remedy['target']:g}; {joined(there, missing)}"
+        f"noise on each parameter of its update that {brings}; {there}, but unevenly or unexplained: it does not count"
     )
 
 

@@ -90,7 +90,7 @@ class TestHeadline:
         assert "3 of 6 50 %; of 1 more nothing is known" in text
         assert "1 up, 1 down now above target: 2. now below: 3. no longer known: 4." in text
         assert "σ = 0.025 in all" in text
-        assert "σ = 0.0044 was observed; none of it can be credited, so σ = 0.025 is to be added" in text
+        assert "σ = 0.0044 was observed, but unevenly or unexplained: it does not count" in text
         assert "Untouched: 14 rows" in text
 
     def test_a_client_within_its_target_is_told_to_do_nothing(self, tmp_path):
