@@ -255,11 +255,12 @@ class InversionAudit(Strategy):
         """Audits the replies, then has the inner strategy aggregate those that may pass."""
         if self._arrays is None:
             raise InvalidInputError("expected configure_train before aggregate_train: the audit needs what was sent")
+        params = {name: array.numpy() for name, array in self._arrays.items()}
         readings = read_replies(
             server_round,
             self._sent,
             list(replies),
-            self._arrays,
+            params,
             self._layout.names,
             requests=self._requests,
             max_report_bytes=self._max_report_bytes,
@@ -268,12 +269,14 @@ class InversionAudit(Strategy):
             weighted_by=_weight_of(self.strategy),
             expect_aggregates=self.expect_aggregates,
         )
-        rows = [self._with_rounds(self._act(reading), reading.task) for reading in self._audit(readings)]
+        rows = [
+            self._with_rounds(self._act(reading, params), reading.task) for reading in self._audit(readings, params)
+        ]
         self.estimates.extend(rows)
         self._write(rows)
         self._display.round(server_round, rows)
         notify(self.callbacks, server_round, rows)
-        self._have_examined(server_round, readings)
+        self._have_examined(server_round, readings, params)
         passed = [
             reading.reply
             for reading, row in zip(readings, rows, strict=True)
@@ -304,14 +307,12 @@ class InversionAudit(Strategy):
             self._write([RoundMetrics(server_round=server_round, origin=origin, metrics=numbers)])
         return metrics
 
-    def _audit(self, readings: Sequence[Reading]) -> Sequence[Reading]:
-        assert self._arrays is not None
+    def _audit(self, readings: Sequence[Reading], params: Mapping[str, Array]) -> Sequence[Reading]:
         for reading in readings:
             if reading.shared is not None:
                 reading.task = self._update_task(reading)
             self._note_what_was_asked(reading)
         tasks = [reading.task for reading in readings if reading.task is not None]
-        params = {name: array.numpy() for name, array in self._arrays.items()}
         with self._display.progress(len(tasks)) as advance:
             rows = iter(self._auditor.audit_round(params, tasks, progress=advance))
         for reading in readings:
@@ -321,8 +322,8 @@ class InversionAudit(Strategy):
                 reading.row = replace(reading.row, settings=self._auditor.settings.to_dict())
         return readings
 
-    def _have_examined(self, server_round: int, readings: Sequence[Reading]) -> None:
-        if self._examine is None or self._arrays is None:
+    def _have_examined(self, server_round: int, readings: Sequence[Reading], params: Mapping[str, Array]) -> None:
+        if self._examine is None:
             return
         audited = [(reading.task, reading.row) for reading in readings if isinstance(reading.task, AuditTask)]
         try:
@@ -330,7 +331,7 @@ class InversionAudit(Strategy):
                 AuditedRound(
                     server_round=server_round,
                     context=self._auditor.context,
-                    params={name: array.numpy() for name, array in self._arrays.items()},
+                    params=params,
                     tasks=[task for task, _ in audited],
                     rows=[row for _, row in audited],
                 )
@@ -394,15 +395,14 @@ class InversionAudit(Strategy):
             target = self._actions.target_of(reading.row.client)
             reading.task = replace(reading.task, target_leakage=target, **asked)  # type: ignore[arg-type]
 
-    def _act(self, reading: Reading) -> LeakageEstimate:
+    def _act(self, reading: Reading, params: Mapping[str, Array]) -> LeakageEstimate:
         """Applies the policy to one client, and returns its row with what was done."""
         reading.row = self._checked(reading)
         reading.row = row = self._actions.accounted(reading)
         failed = row.status in _FAILURES and self._on_audit_failure == "exclude"
         if reading.reply is None or not reading.aggregable or failed:
             return replace(row, action="excluded")
-        assert self._arrays is not None
-        return self._actions.apply(reading, {name: array.numpy() for name, array in self._arrays.items()})
+        return self._actions.apply(reading, params)
 
     def _checked(self, reading: Reading) -> LeakageEstimate:
         """Returns a client's row with what its update shows of the defence that it claims, or should have."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from flwr.app import ArrayRecord, Message
+from flwr.app import Message
 
 from fl_privacy.audit.claims import Defence, Traces
 from fl_privacy.audit.estimate import LeakageEstimate, Source, Status
@@ -61,7 +61,7 @@ def read_replies(
     server_round: int,
     sent: Sequence[Message],
     replies: Sequence[Message],
-    arrays: ArrayRecord,
+    expected: Mapping[str, Array],
     trained: Sequence[str],
     *,
     requests: Mapping[int, Request],
@@ -77,7 +77,7 @@ def read_replies(
         server_round: Round number.
         sent: The round's training messages.
         replies: What came back.
-        arrays: The global arrays that were sent.
+        expected: The global arrays that were sent, by name.
         trained: Names of the trained parameters.
         requests: By node id, what a client was asked for; anything else it sends is refused.
         max_report_bytes: Most bytes of a client's report to accept.
@@ -89,7 +89,6 @@ def read_replies(
         expect_aggregates: Whether replies that all carry the same arrays are to be taken for what secure aggregation
             leaves: the mean, in which no client's own update can be seen.
     """
-    expected = {name: array.numpy() for name, array in arrays.items()}
     node_of = {message.metadata.message_id: message.metadata.dst_node_id for message in sent}
     silent = dict.fromkeys(message.metadata.dst_node_id for message in sent)
     readings: list[Reading] = []
