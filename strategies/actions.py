@@ -20,10 +20,10 @@ from fl_privacy.audit.replay import AuditContext
 from fl_privacy.audit.settings import Family
 from fl_privacy.audit.task import AuditTask, Numbers
 from fl_privacy.audit.wording import joined
-from fl_privacy.flower.advice import Advice, clipped, noisy
+from fl_privacy.flower.advice import Advice, clipped, noisy, with_update
 from fl_privacy.flower.protection import InputAdvice
 from fl_privacy.strategies.replies import Reading
-from fl_privacy.strategies.shifting import InputShifting, with_update
+from fl_privacy.strategies.shifting import InputShifting
 
 _MOST_NOISE = 1e3
 """Norm of noise over that of the update beyond which an update is left out rather than drowned."""

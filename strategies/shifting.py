@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from flwr.app import Array as FlowerArray
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import RecordDict
 
 from fl_privacy.audit.replay import AuditContext, update_at
 from fl_privacy.audit.task import AuditTask, Numbers
@@ -72,14 +71,3 @@ class InputShifting:
             change=float(np.sqrt(sum(np.square(after[name] - before[name]).sum() for name in after))),
             leakage=protection.leakage,
         )
-
-
-def with_update(
-    arrays: ArrayRecord, params: Mapping[str, Numbers], update: Mapping[str, Numbers], scale: float
-) -> ArrayRecord:
-    """Returns arrays in which the named ones are the global parameters plus so much of an update; types stay."""
-    changed = {
-        name: FlowerArray((params[name] + scale * part).astype(arrays[name].numpy().dtype))
-        for name, part in update.items()
-    }
-    return ArrayRecord({name: changed.get(name, array) for name, array in arrays.items()})

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
 
 from fl_privacy.audit.task import Numbers
 from fl_privacy.errors import RecordError
+
+T = TypeVar("T")
 
 ADVICE_KEY = "fl-privacy-advice"
 """Entry of a training message's config that carries the advice; the app never sees it."""
@@ -41,24 +43,23 @@ class Advice:
         Raises:
             RecordError: It cannot be read. It is removed all the same.
         """
-        written = config.pop(ADVICE_KEY, None)
-        if written is None:
+        advice = taken(config, ADVICE_KEY, cls._read)
+        if advice is None:
             return None
-        try:
-            entries = json.loads(written)
-            advice = cls(
-                noise_std=float(entries["noise_std"]),
-                target_leakage=float(entries["target_leakage"]),
-                parameters=tuple(str(name) for name in entries["parameters"]),
-                clip_norm=None if entries.get("clip_norm") is None else float(entries["clip_norm"]),
-            )
-        except (ValueError, TypeError, LookupError, RecursionError, OverflowError) as error:
-            raise RecordError(f"expected advice from the server, got {written!r:.80}") from error
         if not (math.isfinite(advice.noise_std) and advice.noise_std >= 0):
             raise RecordError(f"expected advice of finite noise >= 0, got {advice.noise_std}")
         if advice.clip_norm is not None and not (math.isfinite(advice.clip_norm) and advice.clip_norm > 0):
             raise RecordError(f"expected advice of a finite clip_norm > 0, got {advice.clip_norm}")
         return advice
+
+    @classmethod
+    def _read(cls, entries: Mapping[str, Any]) -> Advice:
+        return cls(
+            noise_std=float(entries["noise_std"]),
+            target_leakage=float(entries["target_leakage"]),
+            parameters=tuple(str(name) for name in entries["parameters"]),
+            clip_norm=None if entries.get("clip_norm") is None else float(entries["clip_norm"]),
+        )
 
     def entries(self) -> dict[str, str]:
         """Returns the entry that carries the advice in a config."""
@@ -83,6 +84,21 @@ class Advice:
         return noisy(arrays, self.parameters, self.noise_std, generator)
 
 
+def taken(config: MutableMapping[str, Any], key: str, read: Callable[[Mapping[str, Any]], T]) -> T | None:
+    """Removes advice, which is written as JSON, from a config and returns what is read of it; `None` if there is none.
+
+    Raises:
+        RecordError: It cannot be read. It is removed all the same.
+    """
+    written = config.pop(key, None)
+    if written is None:
+        return None
+    try:
+        return read(json.loads(written))
+    except (ValueError, TypeError, LookupError, RecursionError, OverflowError) as error:
+        raise RecordError(f"expected advice from the server, got {written!r:.80}") from error
+
+
 def clipped(
     arrays: ArrayRecord, sent: Mapping[str, Numbers], parameters: tuple[str, ...], clip_norm: float
 ) -> ArrayRecord:
@@ -99,10 +115,15 @@ def clipped(
     if not math.isfinite(norm):
         raise RecordError("expected a finite update to clip, got NaN or infinity")
     factor = min(1.0, clip_norm / norm) if norm > 0 else 1.0
-    scaled = {
-        name: Array((sent[name] + factor * part).astype(arrays[name].numpy().dtype)) for name, part in change.items()
-    }
-    return ArrayRecord({name: scaled.get(name, array) for name, array in arrays.items()})
+    return with_update(arrays, sent, change, factor)
+
+
+def with_update(
+    arrays: ArrayRecord, sent: Mapping[str, Numbers], update: Mapping[str, Numbers], scale: float
+) -> ArrayRecord:
+    """Returns arrays in which the named ones are those that were sent plus so much of an update; types stay."""
+    changed = {name: (sent[name] + scale * part).astype(arrays[name].numpy().dtype) for name, part in update.items()}
+    return _replaced(arrays, changed)
 
 
 def noisy(
@@ -122,5 +143,9 @@ def noisy(
             perturbed = (array + noise_std * generator.standard_normal(array.shape)).astype(array.dtype)
         if not np.isfinite(perturbed).all():
             raise RecordError(f"noise of {noise_std:.3g} is more than {array.dtype} holds in {name}")
-        changed[name] = Array(perturbed)
-    return ArrayRecord({name: changed.get(name, array) for name, array in arrays.items()})
+        changed[name] = perturbed
+    return _replaced(arrays, changed)
+
+
+def _replaced(arrays: ArrayRecord, changed: Mapping[str, Numbers]) -> ArrayRecord:
+    return ArrayRecord({name: Array(changed[name]) if name in changed else array for name, array in arrays.items()})

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from typing import Any, cast, get_args
@@ -21,6 +21,7 @@ from fl_privacy.audit.input_noise import draw_for_examples, leakage_under, toppe
 from fl_privacy.audit.settings import Covariance
 from fl_privacy.audit.task import InputShift, Numbers
 from fl_privacy.errors import InvalidInputError, RecordError
+from fl_privacy.flower.advice import taken
 from fl_privacy.flower.capture import TrainingCapture
 from fl_privacy.influence.update import GradientUpdate, Loss
 
@@ -101,26 +102,25 @@ class InputAdvice:
         Raises:
             RecordError: It cannot be read. It is removed all the same.
         """
-        written = config.pop(INPUT_ADVICE_KEY, None)
-        if written is None:
+        advice = taken(config, INPUT_ADVICE_KEY, cls._read)
+        if advice is None:
             return None
-        try:
-            entries = json.loads(written)
-            prior_std = entries["prior_std"]
-            advice = cls(
-                target_leakage=float(entries["target_leakage"]),
-                covariance=entries["covariance"],
-                kept=bool(entries["kept"]),
-                prior_std=None if prior_std is None else float(prior_std),
-                shares=int(entries["shares"]),
-            )
-        except (ValueError, TypeError, LookupError, RecursionError, OverflowError) as error:
-            raise RecordError(f"expected advice from the server, got {written!r:.80}") from error
         known = advice.prior_std is None or (math.isfinite(advice.prior_std) and advice.prior_std > 0)
         sound = 0 < advice.target_leakage < 1 and known and advice.shares >= 1
         if not sound or advice.covariance not in get_args(Covariance):
-            raise RecordError(f"expected advice of noise on the inputs, got {written!r:.200}")
+            raise RecordError(f"expected advice of noise on the inputs, got {asdict(advice)!r:.200}")
         return advice
+
+    @classmethod
+    def _read(cls, entries: Mapping[str, Any]) -> InputAdvice:
+        prior_std = entries["prior_std"]
+        return cls(
+            target_leakage=float(entries["target_leakage"]),
+            covariance=entries["covariance"],
+            kept=bool(entries["kept"]),
+            prior_std=None if prior_std is None else float(prior_std),
+            shares=int(entries["shares"]),
+        )
 
     def entries(self) -> dict[str, str]:
         """Returns the entry that carries the advice in a config."""
