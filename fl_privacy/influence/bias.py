@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.influence.jacobian import UpdateJacobian
-from fl_privacy.influence.lanczos import Lanczos
+from fl_privacy.influence.lanczos import Lanczos, basis_bytes
 from fl_privacy.influence.operators import PriorGram
 from fl_privacy.influence.options import check_effort
 from fl_privacy.influence.prior import GaussianPrior
@@ -44,7 +44,7 @@ def own_bias(
     if not noise_stds or not all(std > 0 for std in noise_stds):
         raise InvalidInputError(f"expected noise stds > 0, got {list(noise_stds)}")
     ridges = [(std / prior.std) ** 2 for std in noise_stds]
-    bytes_per_lane = (min(max_steps, jacobian.input_dim) + 1) * jacobian.input_dim * jacobian.dtype.itemsize
+    bytes_per_lane = basis_bytes(jacobian.input_dim, jacobian.dtype, max_steps)
     parts = [_bias(chunk, prior, ridges, rtol, max_steps) for chunk, _ in jacobian.chunks(bytes_per_lane)]
     return torch.cat(parts, 1)
 
@@ -55,27 +55,12 @@ def _bias(
     target = prior.coordinates(jacobian.private_inputs)
     lanczos = Lanczos(PriorGram(jacobian, prior), target, max_steps=max_steps)
 
-    def solved(state: Lanczos) -> Tensor:
-        y, t_coupling = _coefficients(state, min(ridges))
-        last = y.gather(-1, (state.size - 1).clamp(min=0)[:, None]).squeeze(-1)
-        return t_coupling * last.abs() <= rtol
+    def each(ridge: float) -> Tensor:
+        return torch.full_like(lanczos.start_norm, ridge, dtype=torch.float64)
 
-    lanczos.run(solved, check_every=8)
+    lanczos.run(lambda state: state.solve(each(min(ridges)))[1] <= rtol, check_every=8)
     found = []
     for ridge in ridges:
-        y, _ = _coefficients(lanczos, ridge)
-        taken = torch.arange(y.shape[-1], device=y.device) < lanczos.size[:, None]
-        weights = torch.where(taken, ridge * y * lanczos.start_norm.double()[:, None], 0.0).to(target)
-        left = prior.root(torch.einsum("kud,uk->ud", lanczos.basis[: y.shape[-1]], weights))
-        square = left.double().square().mean(-1)
-        found.append(torch.where(lanczos.failed, torch.nan, square))
+        y, _ = lanczos.solve(each(ridge))
+        found.append(prior.root(lanczos.combined(ridge * y)).double().square().mean(-1))
     return torch.stack(found)
-
-
-def _coefficients(lanczos: Lanczos, ridge: float) -> tuple[Tensor, Tensor]:
-    """Solution of (T + ε)y = e₁ `[U, K]`, and the coupling of the last step `[U]`."""
-    t, coupling = lanczos.tridiagonal()
-    eye = torch.eye(t.shape[-1], dtype=t.dtype, device=t.device)
-    solvable = torch.where(lanczos.failed[:, None, None], eye, t + ridge * eye)
-    y, _ = torch.linalg.solve_ex(solvable, eye[:, 0].expand(len(t), -1))
-    return y, coupling

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.influence.jacobian import UpdateJacobian
-from fl_privacy.influence.lanczos import Lanczos
+from fl_privacy.influence.lanczos import Lanczos, basis_bytes
 from fl_privacy.influence.options import check_effort, per_unit
 
 
@@ -66,7 +66,7 @@ def influence(
     _check_perturbation(jacobian, perturbation)
     parts = [
         _solve(chunk, perturbation[units], epsilon[units], rtol, max_steps)
-        for chunk, units in jacobian.chunks(_basis_bytes(jacobian, max_steps))
+        for chunk, units in jacobian.chunks(basis_bytes(jacobian.input_dim, jacobian.dtype, max_steps))
     ]
     return Influence(
         torch.cat([part.shift for part in parts]),
@@ -79,25 +79,10 @@ def influence(
 def _solve(jacobian: UpdateJacobian, perturbation: Tensor, epsilon: Tensor, rtol: float, max_steps: int) -> Influence:
     target = jacobian.vjp(perturbation)
     lanczos = Lanczos(jacobian, target, max_steps=max_steps)
-    beta_one = lanczos.start_norm.double()
-
-    def coefficients(state: Lanczos) -> tuple[Tensor, Tensor]:
-        """Solution of (T + ε)y = e₁ `[U, K]`, and the residual it leaves, β_K·|y_K| `[U]`."""
-        t, coupling = state.tridiagonal()
-        eye = torch.eye(t.shape[-1], dtype=t.dtype, device=t.device)
-        solvable = torch.where(state.failed[:, None, None], eye, t + epsilon[:, None, None] * eye)
-        unit_start = eye[:, 0].expand(len(t), -1)
-        y, _ = torch.linalg.solve_ex(solvable, unit_start)
-        last = y.gather(-1, (state.size - 1).clamp(min=0)[:, None]).squeeze(-1)
-        return y, coupling * last.abs()
-
     # Half the tolerance leaves room for the rounding that the recurrence does not see.
-    lanczos.run(lambda state: coefficients(state)[1] <= 0.5 * rtol)
-    y, _ = coefficients(lanczos)
-    taken = torch.arange(y.shape[-1], device=y.device) < lanczos.size[:, None]
-    weights = torch.where(taken, y * beta_one[:, None], 0.0).to(jacobian.dtype)
-    shift = torch.einsum("kud,uk->ud", lanczos.basis[: y.shape[-1]], weights)
-    shift = torch.where(lanczos.failed[:, None], torch.nan, shift)
+    lanczos.run(lambda state: state.solve(epsilon)[1] <= 0.5 * rtol)
+    y, _ = lanczos.solve(epsilon)
+    shift = lanczos.combined(y)
     left = target - jacobian.gram(shift) - epsilon[:, None].to(shift.dtype) * shift
     norm = torch.linalg.vector_norm(target, dim=-1)
     residual = torch.where(norm > 0, torch.linalg.vector_norm(left, dim=-1) / norm, torch.zeros_like(norm))
@@ -127,7 +112,7 @@ def influence_lower_bound(
     return torch.cat(
         [
             _bound(chunk, perturbation[units], rtol, max_steps)
-            for chunk, units in jacobian.chunks(_basis_bytes(jacobian, max_steps))
+            for chunk, units in jacobian.chunks(basis_bytes(jacobian.input_dim, jacobian.dtype, max_steps))
         ]
     )
 
@@ -174,11 +159,6 @@ def _largest_ritz(lanczos: Lanczos) -> tuple[Tensor, Tensor]:
         return values[:, -1], residual
     gap = (values[:, -1] - values[:, -2] - residuals[:, -2]).clamp(min=torch.finfo(torch.float64).tiny)
     return values[:, -1], torch.minimum(residual, residual**2 / gap)
-
-
-def _basis_bytes(jacobian: UpdateJacobian, max_steps: int) -> int:
-    """Bytes of one unit's Krylov basis."""
-    return (min(max_steps, jacobian.input_dim) + 1) * jacobian.input_dim * jacobian.dtype.itemsize
 
 
 def _check_perturbation(jacobian: UpdateJacobian, perturbation: Tensor) -> None:

@@ -112,6 +112,27 @@ class Lanczos:
         last = (self.size - 1).clamp(min=0)
         return t, self._beta.gather(1, last[:, None]).squeeze(1)
 
+    def solve(self, ridge: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the solution of (T + ε)y = e₁ `[U, K]` for ε `[U]`, and the residual it leaves, β_K·|y_K| `[U]`."""
+        t, coupling = self.tridiagonal()
+        eye = torch.eye(t.shape[-1], dtype=t.dtype, device=t.device)
+        solvable = torch.where(self.failed[:, None, None], eye, t + ridge[:, None, None] * eye)
+        y, _ = torch.linalg.solve_ex(solvable, eye[:, 0].expand(len(t), -1))
+        last = y.gather(-1, (self.size - 1).clamp(min=0)[:, None]).squeeze(-1)
+        return y, coupling * last.abs()
+
+    def combined(self, coefficients: Tensor) -> Tensor:
+        """Returns ‖start‖·Σ_k c_k q_k `[U, D]` for c `[U, K]`; NaN where products were not finite."""
+        taken = torch.arange(coefficients.shape[-1], device=self.size.device) < self.size[:, None]
+        weights = torch.where(taken, coefficients * self.start_norm.double()[:, None], 0.0).to(self.basis)
+        combination = torch.einsum("kud,uk->ud", self.basis[: coefficients.shape[-1]], weights)
+        return torch.where(self.failed[:, None], torch.nan, combination)
+
+
+def basis_bytes(input_dim: int, dtype: torch.dtype, max_steps: int) -> int:
+    """Returns the size of one unit's basis after so many steps."""
+    return (min(max_steps, input_dim) + 1) * input_dim * dtype.itemsize
+
 
 def function_of_gram(
     operator: GramOperator, f: Callable[[Tensor], Tensor], vector: Tensor, max_steps: int = 256

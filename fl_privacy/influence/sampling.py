@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fl_privacy.errors import InvalidInputError
-from fl_privacy.influence.lanczos import Lanczos
+from fl_privacy.influence.lanczos import Lanczos, basis_bytes
 from fl_privacy.influence.operators import InputOperator
 from fl_privacy.influence.options import check_effort
 from fl_privacy.influence.recommendation import NoiseRecommendation
@@ -93,10 +93,10 @@ def draw_input_noise(
     draws = (operator.num_units, operator.input_dim)
     generator = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
     z, white = (torch.randn(draws, generator=generator, dtype=torch.float64).to(operator.device) for _ in range(2))
-    basis_bytes = (min(max_steps, operator.input_dim) + 1) * operator.input_dim * operator.dtype.itemsize
+    bytes_per_lane = basis_bytes(operator.input_dim, operator.dtype, max_steps)
     parts = [
         _draw(chunk, law.select(units), z[units], white[units], rtol, max_steps)
-        for chunk, units in operator.chunks(basis_bytes)
+        for chunk, units in operator.chunks(bytes_per_lane)
     ]
     joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])}
     if per_unit == 1:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.influence.jacobian import UpdateJacobian
-from fl_privacy.influence.lanczos import Lanczos
+from fl_privacy.influence.lanczos import Lanczos, basis_bytes
 from fl_privacy.influence.operators import InputOperator, PriorGram
 from fl_privacy.influence.options import check_effort, per_unit
 from fl_privacy.influence.prior import GaussianPrior
@@ -315,10 +315,10 @@ def estimate_spectrum(
             "far they can be trusted"
         )
     # As many units at once as fit with their probes: the graphs of a pass, and the Krylov bases.
-    basis_bytes = (max_steps + 1) * jacobian.input_dim * jacobian.dtype.itemsize
+    bytes_per_lane = basis_bytes(jacobian.input_dim, jacobian.dtype, max_steps)
     parts = [
         _sampled_spectrum(chunk, coloured, num_probes, rtol, max_steps, seed, floor[units])
-        for chunk, units in jacobian.chunks(basis_bytes, lanes_per_unit=num_probes)
+        for chunk, units in jacobian.chunks(bytes_per_lane, lanes_per_unit=num_probes)
     ]
     return _joined(parts)
 
