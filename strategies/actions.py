@@ -233,20 +233,19 @@ class PolicyActions:
         self, reading: Reading, reply: Message, row: LeakageEstimate, params: Mapping[str, Numbers]
     ) -> LeakageEstimate:
         """Puts noise on an update that arrived, in its own scale: an attacker divides out what clipping multiplied."""
-        if row.leakage is None or row.target_leakage is None:
+        leakage, target, required = row.leakage, row.target_leakage, row.required_noise_std
+        if leakage is None or target is None:
             return row
-        if (row.input_noise or self.policy.family == "shaped") and row.leakage.upper <= row.target_leakage * (1 + 1e-6):
+        if (row.input_noise or self.policy.family == "shaped") and leakage.upper <= target * (1 + 1e-6):
             return row
         if self.policy.family == "shaped":
             if isinstance(reading.task, AuditTask) and row.verified:
-                return self._shift(reading.task, reply, row, row.target_leakage, params)
+                return self._shift(reading.task, reply, row, target, params)
             why = (
                 "its training was not reproduced" if isinstance(reading.task, AuditTask) else "it handed over no batch"
             )
             row = replace(row, detail=joined(row.detail, f"the noise is isotropic, not shaped: {why}"))
-        required, target = row.required_noise_std, row.target_leakage
-        assert row.leakage is not None
-        if required is None or target is None:
+        if required is None:
             return row
         if not math.isfinite(required):
             return self._left_out(row, "no noise is known to bring it to its target")
@@ -261,9 +260,9 @@ class PolicyActions:
             return _not_done(row, f"noise of {std:.3g} would be put on it")
         ((key, arrays),) = reply.content.array_records.items()
         reply.content[key] = noisy(arrays, self._parameters, std * scale, self._generator(row))
-        passed, detail = min(row.leakage.upper, target), row.detail
+        passed, detail = min(leakage.upper, target), row.detail
         if not row.verified:
-            passed = row.leakage.upper
+            passed = leakage.upper
             detail = joined(detail, "its training was not reproduced, so whether the noise suffices is not known")
         return replace(row, action="perturbed", applied_noise_std=std, passed_leakage=passed, detail=detail)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -14,10 +14,11 @@ from fl_privacy.attacks.labels import expected_label_counts, recover_label_count
 from fl_privacy.attacks.noise import IsotropicNoise
 from fl_privacy.attacks.problem import AttackProblem
 from fl_privacy.audit.estimate import LeakageEstimate, Status
+from fl_privacy.audit.exposure import psnr_of
 from fl_privacy.audit.proxy import COVERAGE, ObservedUpdate, PublicJacobians
 from fl_privacy.audit.public import PublicExamples, UpdateTask
 from fl_privacy.audit.replay import AuditContext, flat_update, to_tensor, with_buffers
-from fl_privacy.audit.task import Array, AuditTask, TrainingTrace
+from fl_privacy.audit.task import Array, AuditTask, ClientUpdate, TrainingTrace
 from fl_privacy.audit.wording import joined, number_text
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.influence.evaluation import BatchNormMode
@@ -88,7 +89,7 @@ def rebuilt_task(
     named = problem.update.layout.unflatten(jacobian.update()[0])
     inputs, labels = (part.cpu().numpy() for part in update)
     rebuilt = AuditTask(
-        **{name: getattr(task, name) for name in _SHARED_FIELDS},
+        **{field.name: getattr(task, field.name) for field in fields(ClientUpdate)},
         inputs=inputs,
         labels=labels,
         trace=TrainingTrace(optimizer="SGD", batches=(tuple(range(size)),), lr=(task.lr,)),
@@ -104,21 +105,6 @@ def as_rebuilt(row: LeakageEstimate, how: str) -> LeakageEstimate:
     status = Status.APPROXIMATE if row.status is not Status.UNVERIFIED else row.status
     detail = joined(f"at inputs that an attack rebuilt, not at the client's: {how}", row.detail)
     return replace(row, status=status, verified=None, worst_example=None, replay_error=None, examples=(), detail=detail)
-
-
-_SHARED_FIELDS = (
-    "server_round",
-    "client",
-    "node_id",
-    "shared",
-    "source",
-    "defence",
-    "num_examples",
-    "target_leakage",
-    "applied_noise_std",
-    "advised_noise_std",
-    "advised_input_leakage",
-)
 
 
 def _public(context: AuditContext) -> PublicExamples:
@@ -195,7 +181,7 @@ def _proxy_row(
         units_audited=len(found.labels),
         leakage=says.leakage,
         rmse=rmse,
-        psnr=math.inf if rmse == 0 else 20 * math.log10(settings.data_range / rmse),
+        psnr=psnr_of(rmse, settings.data_range),
         update_norm=observed.norm.value,
         perturbation_norm=noise_norm,
         snr_db=20 * math.log10(observed.norm.value / noise_norm) if noise_norm and observed.norm.value else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -135,6 +136,11 @@ def exposure(
         failed=spectrum.failed,
         products=spectrum.products + solved.products,
     )
+
+
+def psnr_of(rmse: float, data_range: float) -> float:
+    """Returns the peak signal-to-noise ratio in dB of an error per input element."""
+    return math.inf if rmse == 0 else 20 * math.log10(data_range / rmse)
 
 
 def _ridge(sigma: Tensor, settings: AuditSettings) -> Tensor:

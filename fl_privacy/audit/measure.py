@@ -16,7 +16,7 @@ from torch import Tensor
 from fl_privacy.audit.blind import as_rebuilt, proxy_rows, rebuilt_task
 from fl_privacy.audit.curve import ExampleLeakage, LeakageCurve
 from fl_privacy.audit.estimate import MAX_EXAMPLES, LeakageEstimate, Source, Status
-from fl_privacy.audit.exposure import Exposure, exposure
+from fl_privacy.audit.exposure import Exposure, exposure, psnr_of
 from fl_privacy.audit.input_noise import leakage_under, shortfall
 from fl_privacy.audit.perturbation import NoiseBlocks, noise_blocks, observed_perturbation
 from fl_privacy.audit.public import UpdateTask
@@ -225,7 +225,7 @@ def _measure(
                 worst_example=example,
                 worst_label=_class_of(task, example),
                 rmse=float(found.rmse[worst]),
-                psnr=_psnr(float(found.rmse[worst]), settings.data_range),
+                psnr=psnr_of(float(found.rmse[worst]), settings.data_range),
                 i2f=_number(found.influence[worst]) if replay.verified[index] else None,
                 lower_bound=_number(found.lower_bound[worst]) if replay.verified[index] else None,
                 input_noise="" if task.shift is None else task.shift.covariance,
@@ -423,10 +423,6 @@ def _class_of(task: AuditTask, example: int | None) -> int | None:
     if example is None or task.labels.ndim != 1 or not np.issubdtype(task.labels.dtype, np.integer):
         return None
     return int(task.labels[example])
-
-
-def _psnr(rmse: float, data_range: float) -> float:
-    return math.inf if rmse == 0 else 20 * math.log10(data_range / rmse)
 
 
 def _number(value: Tensor) -> float | None:

@@ -13,15 +13,12 @@ of the information that meets it.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from fl_privacy.audit.estimate import LeakageEstimate, Status
-from fl_privacy.audit.task import AuditTask
+from fl_privacy.audit.task import AuditTask, example_key
 from fl_privacy.interval import Interval
 
 _NOTHING_SHARED = frozenset({Status.NO_REPLY, Status.CLIENT_ERROR})
@@ -106,4 +103,4 @@ def _together(example: _Shared, row: LeakageEstimate) -> Interval[float]:
 
 
 def _keys(task: AuditTask) -> Iterable[bytes]:
-    return {hashlib.sha256(np.ascontiguousarray(example).tobytes()).digest()[:16] for example in task.inputs}
+    return {example_key(example) for example in task.inputs}

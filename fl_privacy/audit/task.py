@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
@@ -114,6 +115,12 @@ class InputShift:
         """Root mean square per element of the noise, over the examples that have some."""
         noisy = self.leakage < 1
         return float(np.sqrt(np.mean(np.square(self.noise[noisy], dtype=np.float64)))) if noisy.any() else 0.0
+
+
+def example_key(example: Array) -> bytes:
+    """Returns what an example is known by from round to round: a digest of its content, type and shape."""
+    header = f"{example.dtype}{example.shape}".encode()
+    return hashlib.sha256(header + np.ascontiguousarray(example).tobytes()).digest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

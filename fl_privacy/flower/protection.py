@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, MutableMapping
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from fl_privacy.audit.input_noise import draw_for_examples, leakage_under, topped_up
 from fl_privacy.audit.settings import Covariance
-from fl_privacy.audit.task import InputShift, Numbers
+from fl_privacy.audit.task import InputShift, Numbers, example_key
 from fl_privacy.errors import InvalidInputError, RecordError
 from fl_privacy.flower.advice import taken
 from fl_privacy.flower.capture import TrainingCapture
@@ -182,7 +181,7 @@ class InputProtection:
             raise InvalidInputError(f"expected floating-point inputs to put noise on, got {inputs.dtype}")
         x: Numbers = inputs.detach().cpu().numpy()
         self._kept.prior_std = self._prior_std(x)
-        keys = [_key(row) for row in x]
+        keys = [example_key(row) for row in x]
         self._draw_missing(keys, model, inputs.detach(), labels, loss, public)
         noise, leakage = (np.stack(parts) for parts in zip(*(self._kept.draws[key] for key in keys), strict=True))
         shift = InputShift(
@@ -292,11 +291,6 @@ class KeptNoise:
         noise, leakage = (np.stack(parts) for parts in zip(*draws.values(), strict=True))
         state[_KEPT_KEY] = ConfigRecord({"keys": list(draws), "prior_std": self.prior_std})
         state[_KEPT_ARRAYS_KEY] = ArrayRecord({"noise": FlowerArray(noise), "leakage": FlowerArray(leakage)})
-
-
-def _key(example: Numbers) -> bytes:
-    header = f"{example.dtype}{example.shape}".encode()
-    return hashlib.sha256(header + np.ascontiguousarray(example).tobytes()).digest()[:16]
 
 
 def _bound(bound: float | Tensor, inputs: Numbers) -> Numbers:

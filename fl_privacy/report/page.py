@@ -28,15 +28,13 @@ from fl_privacy.audit.wording import (
 from fl_privacy.extras import require
 from fl_privacy.interval import Interval
 from fl_privacy.report import figures
-from fl_privacy.report.history import DEFAULT_TARGET, Cell, ClientHistory, RunHistory
+from fl_privacy.report.history import DEFAULT_TARGET, MAX_ROWS, Cell, ClientHistory, RunHistory
 from fl_privacy.report.pictures import Picture
 
 HEAT_CLIENTS, HEAT_ROUNDS = 40, 24
 """Most rows and columns of the heat map with numbers; what has no room is in the map of everyone."""
 CARDS = 12
 """Most clients that are shown one by one."""
-ROWS = 1000
-"""Most rows in the table of rows."""
 _SMALL = (120, 60)
 """Width and height of a small curve, in the units of its drawing."""
 _NAMES, _NAME_LENGTH, _DETAIL_LENGTH, _PROBLEMS = 6, 60, 300, 20
@@ -86,6 +84,7 @@ def render_report(
     script = files.joinpath("report.js").read_text(encoding="utf-8")
     style = files.joinpath("report.css").read_text(encoding="utf-8")
     template = environment.from_string(files.joinpath("report.html.jinja").read_text(encoding="utf-8"))
+    heat = _heat(history)
     page: str = template.render(
         history=history,
         headline={**headline(history), "worst_leakage_text": _worst_text(history)},
@@ -95,8 +94,8 @@ def render_report(
         ledger=ledger,
         version=version,
         other_runs=other_runs,
-        heat=_heat(history),
-        overview=_overview(history),
+        heat=heat,
+        overview=None if heat["complete"] else figures.overview_figure(history),
         rounds_figure=figures.rounds_figure(history),
         rounds=_rounds(history),
         accuracy=history.accuracy(),
@@ -223,10 +222,6 @@ def _colours(leakage: float) -> tuple[str, str]:
     return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}", ink
 
 
-def _overview(history: RunHistory) -> str | None:
-    return None if _heat(history)["complete"] else figures.overview_figure(history)
-
-
 def _rounds(history: RunHistory) -> list[dict[str, Any]]:
     """Returns the numbers behind the figure over rounds."""
     accuracy = history.accuracy()
@@ -283,7 +278,7 @@ def _rows(history: RunHistory) -> dict[str, Any]:
     order = sorted(
         found, key=lambda row: (-row.server_round if every else 0, row.leakage is not None, rank[row.client])
     )
-    shown = order[:ROWS]
+    shown = order[:MAX_ROWS]
     return {
         "shown": shown,
         "every": every,
