@@ -20,6 +20,7 @@ from fl_privacy.audit.table import round_table
 from fl_privacy.commands.audit import audit
 from fl_privacy.commands.compare_inits import compare_inits
 from fl_privacy.commands.init import init
+from fl_privacy.commands.options import LedgerArgument
 from fl_privacy.commands.picture import picture
 from fl_privacy.commands.report import report
 from fl_privacy.commands.study import study
@@ -41,9 +42,6 @@ app = typer.Typer(
     epilog="Exit codes: 0 all is well, 1 a finding (tampering, too much leakage), 2 wrong usage or nothing usable.",
 )
 
-LedgerArgument = Annotated[
-    str, typer.Argument(metavar="LEDGER", show_default=False, help="Path of a SQLite ledger, or a database URL.")
-]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text for people.")]
 
 

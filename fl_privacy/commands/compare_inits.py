@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from fl_privacy.commands.options import DataRootOption
 from fl_privacy.commands.progress import progress_bar, result_console, user_errors
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def compare_inits(
         str,
         typer.Option(help="digits, mnist, fashion-mnist, cifar10, or an .npz file with arrays inputs and labels."),
     ] = "digits",
-    data_root: Annotated[str, typer.Option(help="Where the data set's files are.")] = "data",
+    data_root: DataRootOption = "data",
     noise_std: Annotated[float, typer.Option(help="Noise on the gradient, standard deviation per parameter.")] = 1e-3,
     target_leakage: Annotated[float, typer.Option(help="Leakage for which the noise is asked.")] = 0.5,
     num_examples: Annotated[int, typer.Option(help="Examples to audit, the first ones.")] = 10,

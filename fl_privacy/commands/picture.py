@@ -10,6 +10,14 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from fl_privacy.commands.options import (
+    DataRootOption,
+    DatasetOption,
+    InitializationOption,
+    ModelOption,
+    NoiseOption,
+    SeedOption,
+)
 from fl_privacy.commands.progress import result_console, user_errors
 
 if TYPE_CHECKING:
@@ -17,22 +25,17 @@ if TYPE_CHECKING:
 
 
 def picture(
-    dataset: Annotated[str, typer.Option(help="digits, mnist, fashion-mnist, cifar10 or folder.")] = "digits",
-    data_root: Annotated[str, typer.Option(help="Where the data set's files are.")] = "data",
-    model: Annotated[str, typer.Option(help="linear, mlp, lenet, digitsnet, resnet8, resnet18 or vit.")] = "lenet",
-    initialization: Annotated[
-        str,
-        typer.Option(help="uniform: U(-0.5, 0.5), as in the paper; default: the model's own; normal, xavier, kaiming."),
-    ] = "uniform",
+    dataset: DatasetOption = "digits",
+    data_root: DataRootOption = "data",
+    model: ModelOption = "lenet",
+    initialization: InitializationOption = "uniform",
     image: Annotated[int, typer.Option(help="Index of the image in the test set.")] = 0,
-    noise: Annotated[
-        list[float] | None, typer.Option(help="Noise level, standard deviation per parameter; give it several times.")
-    ] = None,
+    noise: NoiseOption = None,
     prune: Annotated[
         list[float] | None, typer.Option(help="Share of entries to prune away; give it several times. Default: 0.9.")
     ] = None,
     target_leakage: Annotated[float, typer.Option(help="Leakage that the recommended noise is to leave.")] = 0.5,
-    seed: Annotated[int, typer.Option(help="Of initialization and noise.")] = 0,
+    seed: SeedOption = 0,
     output: Annotated[Path, typer.Option("--output", "-o", dir_okay=False, help="Where to write the picture.")] = Path(
         "picture.png"
     ),

@@ -11,16 +11,14 @@ import typer
 
 from fl_privacy.audit.database import locate
 from fl_privacy.audit.ledger import Ledger
-from fl_privacy.commands.progress import progress_bar
-from fl_privacy.errors import FLPrivacyError
+from fl_privacy.commands.options import LedgerArgument
+from fl_privacy.commands.progress import progress_bar, user_errors
 
-OK, TAMPERED, UNUSABLE = 0, 1, 2
+OK, TAMPERED = 0, 1
 
 
 def report(
-    ledger: Annotated[
-        str, typer.Argument(metavar="LEDGER", show_default=False, help="Path of a SQLite ledger, or a database URL.")
-    ],
+    ledger: LedgerArgument,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The page.")] = Path("report.html"),
     run: Annotated[str | None, typer.Option(metavar="ID", help="Which run. Default: the last one that began.")] = None,
     head: Annotated[
@@ -36,11 +34,8 @@ def report(
 
     The page opens offline in any browser. A ledger that was tampered with is reported as such, on the page, too.
     """
-    try:
+    with user_errors():
         outcome = _write(ledger, output, run, head, pictures)
-    except (FLPrivacyError, ValueError, OSError, ImportError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(UNUSABLE) from error
     if as_json:
         typer.echo(json.dumps(outcome, allow_nan=False))
     else:

@@ -11,6 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from fl_privacy.commands.options import (
+    DataRootOption,
+    DatasetOption,
+    InitializationOption,
+    ModelOption,
+    NoiseOption,
+    SeedOption,
+)
 from fl_privacy.commands.progress import progress_bar, result_console, user_errors
 from fl_privacy.interval import Interval
 
@@ -19,16 +27,11 @@ if TYPE_CHECKING:
 
 
 def validate(
-    dataset: Annotated[str, typer.Option(help="digits, mnist, fashion-mnist, cifar10 or folder.")] = "digits",
-    data_root: Annotated[str, typer.Option(help="Where the data set's files are.")] = "data",
-    model: Annotated[str, typer.Option(help="linear, mlp, lenet, digitsnet, resnet8, resnet18 or vit.")] = "lenet",
-    initialization: Annotated[
-        str,
-        typer.Option(help="uniform: U(-0.5, 0.5), as in the paper; default: the model's own; normal, xavier, kaiming."),
-    ] = "uniform",
-    noise: Annotated[
-        list[float] | None, typer.Option(help="Noise level, standard deviation per parameter; give it several times.")
-    ] = None,
+    dataset: DatasetOption = "digits",
+    data_root: DataRootOption = "data",
+    model: ModelOption = "lenet",
+    initialization: InitializationOption = "uniform",
+    noise: NoiseOption = None,
     attack: Annotated[
         list[str] | None, typer.Option(help="Attack by name; give it several times. Default: gauss-newton.")
     ] = None,
@@ -46,7 +49,7 @@ def validate(
     ] = "float64",
     images_at_once: Annotated[int, typer.Option(help="Images that are attacked side by side.")] = 10,
     hops: Annotated[int, typer.Option(help="Most restarts of gauss-newton where it has not converged.")] = 4,
-    seed: Annotated[int, typer.Option(help="Of initialization and noise.")] = 0,
+    seed: SeedOption = 0,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the CSV and the figure.")] = Path(
         "runs/validation"
     ),

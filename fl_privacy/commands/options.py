@@ -1,0 +1,22 @@
+"""Arguments and options that several commands have."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+LedgerArgument = Annotated[
+    str, typer.Argument(metavar="LEDGER", show_default=False, help="Path of a SQLite ledger, or a database URL.")
+]
+DatasetOption = Annotated[str, typer.Option(help="digits, mnist, fashion-mnist, cifar10 or folder.")]
+DataRootOption = Annotated[str, typer.Option(help="Where the data set's files are.")]
+ModelOption = Annotated[str, typer.Option(help="linear, mlp, lenet, digitsnet, resnet8, resnet18 or vit.")]
+InitializationOption = Annotated[
+    str,
+    typer.Option(help="uniform: U(-0.5, 0.5), as in the paper; default: the model's own; normal, xavier, kaiming."),
+]
+NoiseOption = Annotated[
+    list[float] | None, typer.Option(help="Noise level, standard deviation per parameter; give it several times.")
+]
+SeedOption = Annotated[int, typer.Option(help="Of initialization and noise.")]
