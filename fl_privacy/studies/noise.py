@@ -38,6 +38,14 @@ if TYPE_CHECKING:
 
 _ON_UPDATE = ("pruning", "optimal defenses", "soteria", "rank-one")
 _NO_ATTACK = "none"
+_NOT_RUN = "not run"
+_MEANING = {
+    True: "Errors: rmse per input element of the strongest attack by the Gaussian prior, and with denoisers of images, "
+    "whose strength is the best in hindsight. Advantage: norm of isotropic noise at which the strongest attack errs as "
+    "much, over the change.",
+    False: "No attack was run: errors, rmse per input element, are predicted to first order. Advantage: norm of "
+    "isotropic noise for which as much is predicted, over the change.",
+}
 _DENSE = 1024
 """Inputs of at most so many elements have their eigenvectors computed."""
 _STRENGTHS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
@@ -374,8 +382,10 @@ def _summarize(settings: NoiseSettings, rows: Sequence[NoiseRow]) -> Summary:
                     defence,
                     f"{_median([row.relative_change for row in mine]):.3g}",
                     f"{_median([row.predicted for row in mine]):.3g}",
-                    f"{_median([row.error for row in mine]):.3g}",
-                    f"{_median([row.error for row in best]):.3g}",
+                    *(
+                        f"{_median([row.error for row in found]):.3g}" if settings.attacking else _NOT_RUN
+                        for found in (mine, best)
+                    ),
                     "cannot meet the target"
                     if len(gap) == len(mine)
                     else f"{_median([r.advantage for r in mine]):.3g}",
@@ -386,10 +396,8 @@ def _summarize(settings: NoiseSettings, rows: Sequence[NoiseRow]) -> Summary:
     images = {row.image for row in rows}
     over = f"Medians over {len(images)} images" if len(images) > 1 else "One image"
     return Summary(
-        f"{over}. Change: norm of shared minus undefended update over that of the update. Errors: rmse "
-        "per input element of the strongest attack by the Gaussian prior, and with denoisers of images, whose "
-        "strength is the best in hindsight. Advantage: norm of isotropic noise at which the strongest attack errs as "
-        f"much, over the change. Shaped noise: least advantage of any image and target {worst:.3g}.",
+        f"{over}. Change: norm of shared minus undefended update over that of the update. "
+        f"{_MEANING[settings.attacking]} Shaped noise: least advantage of any image and target {worst:.3g}.",
         ("target", "defence", "change", "predicted error", "error", "with denoisers", "advantage"),
         tuple(lines),
     )
@@ -404,7 +412,7 @@ def _draw(settings: NoiseSettings, rows: Sequence[NoiseRow], figure: Figure) -> 
             [r.relative_change for r in mine], [r.error for r in mine], s=16, marker="osD^vPX"[index], label=defence
         )
         if defence in ("isotropic", "shaped", "white input"):
-            for found, style in ((plain, "-"), (any_attack, ":")):
+            for found, style in ((plain, "-"), (any_attack, ":")) if settings.attacking else ((plain, "-"),):
                 errors = [
                     _median([r.error for (_, t, d), r in found.items() if (t, d) == (target, defence)])
                     for target in settings.targets
@@ -416,9 +424,11 @@ def _draw(settings: NoiseSettings, rows: Sequence[NoiseRow], figure: Figure) -> 
     predicted = [
         _median([r.predicted for r in rows if (r.target, r.defence) == (t, "isotropic")]) for t in settings.targets
     ]
-    right.plot(settings.targets, predicted, color="black", linewidth=1, label="predicted")
-    left.set(xscale="log", xlabel="change of the update, relative", ylabel="rmse of the strongest attack")
-    right.set(xlabel="target leakage", ylabel="rmse of the strongest attack")
+    if settings.attacking:
+        right.plot(settings.targets, predicted, color="black", linewidth=1, label="predicted")
+    error = "rmse of the strongest attack" if settings.attacking else "rmse, predicted; no attack was run"
+    left.set(xscale="log", xlabel="change of the update, relative", ylabel=error)
+    right.set(xlabel="target leakage", ylabel=error)
     right.invert_xaxis()
     for axis in (left, right):
         axis.legend(frameon=False, fontsize=7)
