@@ -8,9 +8,9 @@ import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 from fl_privacy.audit.chain import Verification
 from fl_privacy.audit.curve import LeakageCurve
@@ -38,6 +38,33 @@ CARDS = 12
 _SMALL = (120, 60)
 """Width and height of a small curve, in the units of its drawing."""
 _NAMES, _NAME_LENGTH, _DETAIL_LENGTH, _PROBLEMS = 6, 60, 300, 20
+
+
+class _Column(NamedTuple):
+    """A column of the table of rows that is shown only where a row has something in it."""
+
+    heading: str
+    text: Callable[[LeakageEstimate], str]
+
+    def known(self, row: LeakageEstimate) -> bool:
+        return self.text(row) != ABSENT
+
+
+def _epsilon(row: LeakageEstimate) -> str:
+    if row.epsilon is None or row.delta is None:
+        return ABSENT
+    return f"{'∞' if math.isinf(row.epsilon) else number_text(row.epsilon)} at δ = {row.delta:g}"
+
+
+_COLUMNS = (
+    _Column("leakage of all rounds so far", lambda row: leakage_text(row.rounds_leakage)),
+    _Column("noise advised", lambda row: number_text(row.advised_noise_std)),
+    _Column("noise put on", lambda row: number_text(row.applied_noise_std)),
+    _Column("noise on inputs", lambda row: row.input_noise or ABSENT),
+    _Column("leakage behind it, at most", lambda row: number_text(row.input_noise_leakage)),
+    _Column("leakage passed on, at most", lambda row: number_text(row.passed_leakage)),
+    _Column("differential privacy, ε", _epsilon),
+)
 
 
 def render_report(
@@ -283,11 +310,8 @@ def _rows(history: RunHistory) -> dict[str, Any]:
         "shown": shown,
         "every": every,
         "clients": len(history.clients),
-        "columns": [
-            name
-            for name in ("advised_noise_std", "applied_noise_std", "passed_leakage", "claim_holds")
-            if any(getattr(row, name) is not None for row in shown)
-        ],
+        "columns": [column for column in _COLUMNS if any(column.known(row) for row in shown)],
+        "claims": any(row.claim_holds is not None for row in shown),
         "statuses": _counts(history.statuses),
         "sources": _counts(history.sources),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sqlite3
 import subprocess
@@ -193,6 +194,24 @@ class TestRows:
         assert "noise advised noise put on defence claimed claim action" not in html  # cells have nothing between them
         assert "noise advisednoise put on" in html
         assert "0.020.0125fails" in html
+
+    def test_all_rounds_together_noise_on_inputs_and_differential_privacy(self, path):
+        with Ledger(path) as ledger:
+            row = audited(
+                3,
+                "1",
+                0.3,
+                rounds_leakage=Interval(0.4, 0.5, 0.6),
+                input_noise="public",
+                input_noise_leakage=0.35,
+                epsilon=math.inf,
+                delta=1e-5,
+            )
+            ledger.append([row, audited(3, "2", 0.2)], run_id="later")
+        html = re.sub(r"\s+", " ", report(path).text)
+        assert "leakage of all rounds so farnoise on inputsleakage behind it, at mostdifferential privacy, ε" in html
+        assert "0.50 [0.40, 0.60]public0.35∞ at δ = 1e-05" in html
+        assert "noise advised" not in html  # of which no row of this run says anything
 
     def test_a_run_of_many_rows_keeps_status_and_source_of_each(self, tmp_path):
         path = tmp_path / "l.db"
