@@ -12,7 +12,16 @@ from rich.table import Table
 from rich.text import Text
 
 from fl_privacy.audit.estimate import LeakageEstimate, Status
-from fl_privacy.audit.wording import ABSENT, about_text, leakage_text, natural_key, number_text, plain, shortened
+from fl_privacy.audit.wording import (
+    ABSENT,
+    about_text,
+    at_most_text,
+    leakage_text,
+    natural_key,
+    number_text,
+    plain,
+    shortened,
+)
 from fl_privacy.interval import Interval
 
 _HIGH, _SOME = 0.5, 0.1
@@ -104,7 +113,7 @@ def summary_table(estimates: Iterable[LeakageEstimate], *, title: str | None = N
             _leakage_cell(worst),
             str(worst.server_round) if worst else ABSENT,
             _leakage_cell(last),
-            *([Text(_bounds(last), style=_leakage_style(last.rounds_leakage if last else None))] if together else []),
+            *([_together_cell(last)] if together else []),
             about_text(history.neediest)
             + number_text(history.neediest.required_noise_std if history.neediest else None),
             *acted.cells(last),
@@ -194,10 +203,9 @@ def _leakage_cell(row: LeakageEstimate | None) -> Text:
     return Text(about_text(row) + leakage_text(interval), style=_leakage_style(interval))
 
 
-def _bounds(row: LeakageEstimate | None) -> str:
-    """Returns `≤ 0.93`, what all rounds tell at most."""
-    known = None if row is None else row.rounds_leakage
-    return ABSENT if known is None else f"≤ {min(1.0, math.ceil(100 * known.upper) / 100):.2f}"
+def _together_cell(row: LeakageEstimate | None) -> Text:
+    interval = None if row is None else row.rounds_leakage
+    return Text(at_most_text(interval), style=_leakage_style(interval))
 
 
 def _leakage_style(interval: Interval[float] | None) -> str:

@@ -23,6 +23,11 @@ def leakage_text(interval: Interval[float] | None) -> str:
     return f"{_rounded(interval.value, digits, ROUND_HALF_EVEN)} [{lower}, {upper}]"
 
 
+def at_most_text(interval: Interval[float] | None) -> str:
+    """Returns `≤ 0.93`, where it is the upper end that matters."""
+    return ABSENT if interval is None else f"≤ {_rounded(min(1.0, interval.upper), 2, ROUND_CEILING)}"
+
+
 def about_text(row: LeakageEstimate | None) -> str:
     """Returns what stands before a row's numbers where they were not measured at the client's own inputs."""
     return "≈ " if row is not None and row.leakage is not None and row.source in APPROXIMATE_SOURCES else ""

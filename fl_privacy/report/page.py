@@ -19,6 +19,7 @@ from fl_privacy.audit.policy import Policy
 from fl_privacy.audit.wording import (
     ABSENT,
     about_text,
+    at_most_text,
     leakage_text,
     natural_key,
     number_text,
@@ -45,6 +46,7 @@ class _Column(NamedTuple):
 
     heading: str
     text: Callable[[LeakageEstimate], str]
+    meaning: str = ""
 
     def known(self, row: LeakageEstimate) -> bool:
         return self.text(row) != ABSENT
@@ -57,13 +59,17 @@ def _epsilon(row: LeakageEstimate) -> str:
 
 
 _COLUMNS = (
-    _Column("leakage of all rounds so far", lambda row: leakage_text(row.rounds_leakage)),
+    _Column(
+        "all rounds so far",
+        lambda row: at_most_text(row.rounds_leakage),
+        "All rounds so far: what a client's rounds up to this one tell together, at most.",
+    ),
     _Column("noise advised", lambda row: number_text(row.advised_noise_std)),
     _Column("noise put on", lambda row: number_text(row.applied_noise_std)),
     _Column("noise on inputs", lambda row: row.input_noise or ABSENT),
     _Column("leakage behind it, at most", lambda row: number_text(row.input_noise_leakage)),
     _Column("leakage passed on, at most", lambda row: number_text(row.passed_leakage)),
-    _Column("differential privacy, ε", _epsilon),
+    _Column("differential privacy, ε", _epsilon, "Differential privacy is another number than leakage."),
 )
 
 

@@ -209,8 +209,9 @@ class TestRows:
             )
             ledger.append([row, audited(3, "2", 0.2)], run_id="later")
         html = re.sub(r"\s+", " ", report(path).text)
-        assert "leakage of all rounds so farnoise on inputsleakage behind it, at mostdifferential privacy, ε" in html
-        assert "0.50 [0.40, 0.60]public0.35∞ at δ = 1e-05" in html
+        assert "all rounds so farnoise on inputsleakage behind it, at mostdifferential privacy, ε" in html
+        assert "≤ 0.60public0.35∞ at δ = 1e-05" in html
+        assert "what a client's rounds up to this one tell together" in html
         assert "noise advised" not in html  # of which no row of this run says anything
 
     def test_a_run_of_many_rows_keeps_status_and_source_of_each(self, tmp_path):
