@@ -42,6 +42,7 @@ def screenshot(browser, name: str) -> None:
     if folder := os.environ.get("FL_PRIVACY_SCREENSHOTS"):
         height = browser.execute_script("return document.documentElement.scrollHeight")
         browser.set_window_size(1200, min(height + 200, 6000))
+        Path(folder).mkdir(parents=True, exist_ok=True)  # into a folder that is not there the driver saves nothing
         browser.save_screenshot(str(Path(folder) / f"{name}.png"))
 
 
