@@ -30,6 +30,9 @@ _START_SECONDS = 120.0
 """How long workers may take to start: a torch import on a busy machine, not a wait for resources."""
 _MAX_ATTEMPTS = 3
 """How often a chunk is tried: a worker that dies twice on the same chunk will die a third time."""
+_KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 * 1024**2), "MALLOC_TRIM_THRESHOLD_": str(256 * 1024**2)}
+"""glibc's settings for workers: a pass then reuses the last one's memory, where otherwise the system hands out, zeroes and
+takes back every page of it: a quarter of the time on a CPU. Other systems ignore them."""
 
 
 class AuditWorker:
@@ -250,7 +253,7 @@ class RayExecutor(Executor):
         self._options = {
             "num_gpus": gpus,
             "num_cpus": cpus,
-            "runtime_env": {"env_vars": {"PYTHONPATH": path}},
+            "runtime_env": {"env_vars": {"PYTHONPATH": path, **_KEEP_FREED_MEMORY}},
             "max_restarts": 0,
         }
         return count
