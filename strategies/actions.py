@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import traceback
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from logging import WARNING
 
@@ -13,18 +13,20 @@ import numpy as np
 from flwr.app import Message
 from flwr.supercore import log
 
+from fl_privacy.audit.auditor import Auditor
 from fl_privacy.audit.estimate import LeakageEstimate
 from fl_privacy.audit.family import cheaper_family, relative_noise
 from fl_privacy.audit.policy import Policy
-from fl_privacy.audit.replay import AuditContext
 from fl_privacy.audit.settings import Family
 from fl_privacy.audit.task import AuditTask, Numbers
 from fl_privacy.audit.wording import joined
 from fl_privacy.flower.advice import Advice, clipped, noisy, with_update
 from fl_privacy.flower.protection import InputAdvice
 from fl_privacy.strategies.replies import Reading
-from fl_privacy.strategies.shifting import InputShifting
+from fl_privacy.strategies.shifting import InputShifting, NotShifted, Shifted
 
+_SLACK = 1e-6
+"""How much more than its target noise on inputs may leak: no more than rounding."""
 _MOST_NOISE = 1e3
 """Norm of noise over that of the update beyond which an update is left out rather than drowned."""
 
@@ -36,7 +38,7 @@ class PolicyActions:
         policy: What is to follow.
         target_leakage: Of the clients that the policy gives no target of their own.
         parameters: Names of the trained parameters.
-        context: Returns what all audits have in common, with the scales that were taken from the first of them.
+        auditor: Audits the run's rounds, and does what takes as long as that.
     """
 
     def __init__(
@@ -45,11 +47,12 @@ class PolicyActions:
         *,
         target_leakage: float,
         parameters: Sequence[str],
-        context: Callable[[], AuditContext],
+        auditor: Auditor,
     ) -> None:
         self.policy = policy
-        self._context = context
-        self._shifting = InputShifting()
+        self._auditor = auditor
+        self._shifting = InputShifting(auditor)
+        self._shifted: Mapping[int, Shifted | NotShifted] = {}
         self._target_leakage = target_leakage
         self._parameters = tuple(parameters)
         self._advice: dict[int, Advice] = {}
@@ -117,12 +120,33 @@ class PolicyActions:
             target_leakage=target,
             covariance=self.policy.covariance,
             kept=self.policy.kept,
-            prior_std=self._context().settings.prior_std,
+            prior_std=self._auditor.context.settings.prior_std,
             shares=self.policy.shares,
+        )
+
+    def prepare(self, readings: Sequence[Reading], params: Mapping[str, Numbers]) -> None:
+        """Computes, for all clients of a round at once, what `apply` needs and takes long: updates at x + a.
+
+        Args:
+            readings: What is known of the clients that `apply` is to be called for, with their rows.
+            params: Global arrays of the round by name.
+        """
+        self._shifted = self._shifting.shifted(
+            params,
+            [
+                (reading.task, self._input_advice(target), self._generator(reading.row))
+                for reading in readings
+                if isinstance(reading.task, AuditTask)
+                and (target := reading.row.target_leakage) is not None
+                and not self.policy.dry_run
+                and self._is_shifted(reading)
+            ],
         )
 
     def apply(self, reading: Reading, params: Mapping[str, Numbers]) -> LeakageEstimate:
         """Returns a client's row with what was done; its update may be changed by then.
+
+        For a round whose clients `prepare` was given.
 
         An update to which the policy cannot be applied is left out, and the row says why: it must not end the round.
 
@@ -236,13 +260,20 @@ class PolicyActions:
         leakage, target, required = row.leakage, row.target_leakage, row.required_noise_std
         if leakage is None or target is None:
             return row
-        if (row.input_noise or self.policy.family == "shaped") and leakage.upper <= target * (1 + 1e-6):
+        if (row.input_noise or self.policy.family == "shaped") and leakage.upper <= target * (1 + _SLACK):
             return row
         if self.policy.family == "shaped":
-            if isinstance(reading.task, AuditTask) and row.verified:
-                return self._shift(reading.task, reply, row, target, params)
+            shifted = self._shifted.get(reading.node_id)
+            if self._is_shifted(reading) and self.policy.dry_run:
+                return _not_done(row, f"noise on the inputs for a leakage of {target:g} would be put on")
+            if isinstance(shifted, Shifted):
+                return self._with_shifted(shifted, reply, row, leakage.upper, target, params)
             why = (
-                "its training was not reproduced" if isinstance(reading.task, AuditTask) else "it handed over no batch"
+                shifted.reason
+                if shifted is not None
+                else "its training was not reproduced"
+                if isinstance(reading.task, AuditTask)
+                else "it handed over no batch"
             )
             row = replace(row, detail=joined(row.detail, f"the noise is isotropic, not shaped: {why}"))
         if required is None:
@@ -266,18 +297,27 @@ class PolicyActions:
             detail = joined(detail, "its training was not reproduced, so whether the noise suffices is not known")
         return replace(row, action="perturbed", applied_noise_std=std, passed_leakage=passed, detail=detail)
 
-    def _shift(
-        self, task: AuditTask, reply: Message, row: LeakageEstimate, target: float, params: Mapping[str, Numbers]
+    def _is_shifted(self, reading: Reading) -> bool:
+        """Returns whether a client's update is to be replaced by the one at x + a."""
+        row, policy = reading.row, self.policy
+        if policy.action != "perturb" or policy.family != "shaped" or reading.aggregate or reading.reply is None:
+            return False
+        if row.leakage is None or row.target_leakage is None or not row.verified:
+            return False
+        return isinstance(reading.task, AuditTask) and not row.leakage.upper <= row.target_leakage * (1 + _SLACK)
+
+    def _with_shifted(
+        self,
+        shifted: Shifted,
+        reply: Message,
+        row: LeakageEstimate,
+        leakage: float,
+        target: float,
+        params: Mapping[str, Numbers],
     ) -> LeakageEstimate:
         """Replaces an update by the one that the client's training gives at x + a, in the scale of what arrived."""
-        if self.policy.dry_run:
-            return _not_done(row, f"noise on the inputs for a leakage of {target:g} would be put on")
-        shifted = self._shifting.shifted(
-            self._context(), params, task, self._input_advice(target), self._generator(row)
-        )
         ((key, arrays),) = reply.content.array_records.items()
         reply.content[key] = with_update(arrays, params, shifted.update, _scale(row))
-        assert row.leakage is not None
         return replace(
             row,
             action="perturbed",
@@ -286,7 +326,7 @@ class PolicyActions:
             input_noise_leakage=shifted.leakage,
             input_noise_rms=shifted.rms,
             input_noise_change=shifted.change,
-            passed_leakage=min(row.leakage.upper, target),
+            passed_leakage=min(leakage, target),
         )
 
     def _generator(self, row: LeakageEstimate) -> np.random.Generator:

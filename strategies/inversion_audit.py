@@ -91,7 +91,8 @@ class InversionAudit(Strategy):
             (`continue`) or left out (`exclude`). Default: left out where the policy perturbs or excludes, as refusing
             would be the way round it. An update that cannot be averaged (NaN, other names or shapes) is
             always left out, and always a row.
-        time_limit: Seconds for the audit of one round; what is late is a row that says so.
+        time_limit: Seconds for the audit of one round, and for the shaped noise that the policy `perturb` puts on: an
+            audit that is late is a row that says so, and noise that is late is isotropic, of which the row says so.
         max_report_bytes: Most bytes of one client's report to accept.
         show: Whether to print a table after each round and a summary at the end.
         run_id: Name of this run in the ledger. Default: a random one.
@@ -161,7 +162,7 @@ class InversionAudit(Strategy):
             self.policy,
             target_leakage=self._auditor.settings.target_leakage,
             parameters=self._layout.names,
-            context=lambda: self._auditor.context,
+            auditor=self._auditor,
         )
         if self.policy.floor_std is not None:
             self._check_floor()
@@ -269,9 +270,9 @@ class InversionAudit(Strategy):
             weighted_by=_weight_of(self.strategy),
             expect_aggregates=self.expect_aggregates,
         )
-        rows = [
-            self._with_rounds(self._act(reading, params), reading.task) for reading in self._audit(readings, params)
-        ]
+        self._audit(readings, params)
+        self._actions.prepare([reading for reading in readings if self._may_pass(reading)], params)
+        rows = [self._with_rounds(self._act(reading, params), reading.task) for reading in readings]
         self.estimates.extend(rows)
         self._write(rows)
         self._display.round(server_round, rows)
@@ -307,7 +308,7 @@ class InversionAudit(Strategy):
             self._write([RoundMetrics(server_round=server_round, origin=origin, metrics=numbers)])
         return metrics
 
-    def _audit(self, readings: Sequence[Reading], params: Mapping[str, Array]) -> Sequence[Reading]:
+    def _audit(self, readings: Sequence[Reading], params: Mapping[str, Array]) -> None:
         for reading in readings:
             if reading.shared is not None:
                 reading.task = self._update_task(reading)
@@ -320,7 +321,8 @@ class InversionAudit(Strategy):
                 reading.row = next(rows)
             elif reading.row.leakage is not None:  # the client's own, of what these settings ask
                 reading.row = replace(reading.row, settings=self._auditor.settings.to_dict())
-        return readings
+            reading.row = self._checked(reading)
+            reading.row = self._actions.accounted(reading)
 
     def _have_examined(self, server_round: int, readings: Sequence[Reading], params: Mapping[str, Array]) -> None:
         if self._examine is None:
@@ -397,12 +399,14 @@ class InversionAudit(Strategy):
 
     def _act(self, reading: Reading, params: Mapping[str, Array]) -> LeakageEstimate:
         """Applies the policy to one client, and returns its row with what was done."""
-        reading.row = self._checked(reading)
-        reading.row = row = self._actions.accounted(reading)
-        failed = row.status in _FAILURES and self._on_audit_failure == "exclude"
-        if reading.reply is None or not reading.aggregable or failed:
-            return replace(row, action="excluded")
+        if not self._may_pass(reading):
+            return replace(reading.row, action="excluded")
         return self._actions.apply(reading, params)
+
+    def _may_pass(self, reading: Reading) -> bool:
+        """Returns whether a client's update can be averaged, and need not be left out as nothing is known of it."""
+        failed = reading.row.status in _FAILURES and self._on_audit_failure == "exclude"
+        return reading.reply is not None and reading.aggregable and not failed
 
     def _checked(self, reading: Reading) -> LeakageEstimate:
         """Returns a client's row with what its update shows of the defence that it claims, or should have."""

@@ -14,7 +14,7 @@ import numpy as np
 from torch import nn
 
 from fl_privacy.audit.estimate import LeakageEstimate, Status
-from fl_privacy.audit.executor import Executor, SerialExecutor
+from fl_privacy.audit.executor import Executor, Job, R, SerialExecutor, T
 from fl_privacy.audit.public import PublicExamples
 from fl_privacy.audit.replay import AuditContext
 from fl_privacy.audit.settings import AuditSettings
@@ -62,7 +62,7 @@ class Auditor:
         loss: (outputs, labels) -> scalar mean loss, the one that clients train with.
         settings: What to measure.
         executor: Who computes; serial in this process by default.
-        time_limit: Seconds for the audit of one round.
+        time_limit: Seconds for the audit of one round, with what else is done in it (`work`).
         public: Public examples, for updates whose batch is not handed over.
 
     Raises:
@@ -87,6 +87,7 @@ class Auditor:
         )
         self._executor = executor or SerialExecutor()
         self._time_limit = time_limit
+        self._deadline = math.inf
 
     def audit_round(
         self, params: Mapping[str, Array], tasks: Sequence[ClientUpdate], *, progress: Progress | None = None
@@ -105,7 +106,7 @@ class Auditor:
         ]
         context = self._context_for(tasks)
         rows: dict[tuple[int, str], LeakageEstimate] = {}
-        deadline = time.monotonic() + self._time_limit
+        self._deadline = deadline = time.monotonic() + self._time_limit
         try:
             for chunk_rows in self._executor.run(context, params, list(self._chunks(tasks)), deadline=deadline):
                 rows.update({(row.node_id or 0, row.client): row for row in chunk_rows})
@@ -120,6 +121,19 @@ class Auditor:
             or replace(task.row(missing, detail=detail), settings=self.settings.to_dict(), versions=context.versions)
             for task in tasks
         ]
+
+    def work(self, job: Job[T, R], params: Mapping[str, Array], tasks: Sequence[T]) -> Iterator[R]:
+        """Yields what a job gives for tasks, in any order, in what the last round's audit left of its time limit.
+
+        Args:
+            job: What to do.
+            params: Global parameters of the round by name.
+            tasks: Each is done by itself. Those that are not done in time have no result.
+        """
+        if not tasks or time.monotonic() >= self._deadline:
+            return
+        for results in self._executor.work(job, self._context, params, [[t] for t in tasks], deadline=self._deadline):
+            yield from results
 
     @property
     def context(self) -> AuditContext:

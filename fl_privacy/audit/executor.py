@@ -1,26 +1,58 @@
-"""Executors: who runs audits. This one runs them in the calling process; `pool` has one that uses Ray."""
+"""Executors: who does the work of a round. This one does it in the calling process; `pool` has one that uses Ray."""
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-from fl_privacy.audit.estimate import LeakageEstimate
+from fl_privacy.audit.estimate import LeakageEstimate, Status
 from fl_privacy.audit.measure import audit_tasks
 from fl_privacy.audit.replay import AuditContext
 from fl_privacy.audit.task import Array, ClientUpdate
 
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(Generic[T, R]):
+    """What is done to the tasks of a round.
+
+    Attributes:
+        do: (context, global parameters, chunk, torch device name, deadline) -> a result per task of the chunk. It is a
+            function of a module, which workers import. Where the deadline has passed, it says so in its results.
+        failed: (task, reason) -> the result of a task whose chunk gave none.
+    """
+
+    do: Callable[[AuditContext, Mapping[str, Array], Sequence[T], str, float], list[R]]
+    failed: Callable[[T, str], R]
+
+
+def _audit(
+    context: AuditContext, params: Mapping[str, Array], chunk: Sequence[ClientUpdate], device: str, deadline: float
+) -> list[LeakageEstimate]:
+    return audit_tasks(context, params, chunk, device=device, deadline=deadline)
+
+
+def _not_audited(task: ClientUpdate, reason: str) -> LeakageEstimate:
+    return task.row(Status.AUDIT_FAILED, detail=reason)
+
+
+AUDIT = Job(do=_audit, failed=_not_audited)
+"""The audit of clients, a row for each."""
+
 
 class Executor(ABC):
-    """Runs the audits of a round. An executor may be used for many rounds, and is closed once."""
+    """Does the work of a round. An executor may be used for many rounds, and is closed once."""
 
     @property
     @abstractmethod
     def num_workers(self) -> int:
         """Number of chunks that run at the same time."""
 
-    @abstractmethod
     def run(
         self,
         context: AuditContext,
@@ -29,9 +61,23 @@ class Executor(ABC):
         *,
         deadline: float,
     ) -> Iterator[list[LeakageEstimate]]:
-        """Yields the rows of each chunk as it is done; what is not done at the deadline is left out.
+        """Yields the rows of each chunk of clients as it is audited, as `work` does."""
+        return self.work(AUDIT, context, params, chunks, deadline=deadline)
+
+    @abstractmethod
+    def work(
+        self,
+        job: Job[T, R],
+        context: AuditContext,
+        params: Mapping[str, Array],
+        chunks: Sequence[Sequence[T]],
+        *,
+        deadline: float,
+    ) -> Iterator[list[R]]:
+        """Yields the results of each chunk as it is done; what is not done at the deadline is left out.
 
         Args:
+            job: What to do.
             context: What all audits of the run have in common.
             params: Global parameters of the round.
             chunks: Tasks, each chunk for one pass.
@@ -59,16 +105,17 @@ class SerialExecutor(Executor):
         """One."""
         return 1
 
-    def run(
+    def work(
         self,
+        job: Job[T, R],
         context: AuditContext,
         params: Mapping[str, Array],
-        chunks: Sequence[Sequence[ClientUpdate]],
+        chunks: Sequence[Sequence[T]],
         *,
         deadline: float,
-    ) -> Iterator[list[LeakageEstimate]]:
-        """Yields the rows of each chunk in order, until the deadline."""
+    ) -> Iterator[list[R]]:
+        """Yields the results of each chunk in order, until the deadline."""
         for chunk in chunks:
             if time.monotonic() >= deadline:
                 return
-            yield audit_tasks(context, params, chunk, device=self._device, deadline=deadline)
+            yield job.do(context, params, chunk, self._device, deadline)

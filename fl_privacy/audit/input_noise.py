@@ -8,6 +8,7 @@ number of local steps or any later round that uses the same a, more.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,6 +55,7 @@ def draw_for_examples(
     num_probes: int = 4,
     max_steps: int = 64,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    before_pass: Callable[[], None] | None = None,
 ) -> InputDraw:
     """Returns noise for each example by itself, all else being known to the attacker.
 
@@ -73,6 +75,7 @@ def draw_for_examples(
         num_probes: Of the spectrum.
         max_steps: Of a probe, and of a draw; fewer steps make for more noise, never less.
         memory_budget: Bytes of graph.
+        before_pass: Called before each pass of a product with J; what it raises ends the draw: a time limit's place.
 
     Raises:
         InvalidInputError: τ or the target is out of range.
@@ -89,7 +92,14 @@ def draw_for_examples(
     own = covariance == "client"
     shaping = (inputs, labels) if own or public is None else public
     try:
-        jacobian = UpdateJacobian(update, params, shaping[0][:, None], shaping[1][:, None], memory_budget=memory_budget)
+        jacobian = UpdateJacobian(
+            update,
+            params,
+            shaping[0][:, None],
+            shaping[1][:, None],
+            memory_budget=memory_budget,
+            before_pass=before_pass,
+        )
         operator: InputOperator = jacobian if own else MeanGram(jacobian)
         spectrum = estimate_spectrum(
             operator, num_probes=num_probes, max_steps=max_steps, seed=int(generator.integers(2**31))

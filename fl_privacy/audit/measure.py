@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fl_privacy.audit.blind import as_rebuilt, proxy_rows, rebuilt_task
 from fl_privacy.audit.curve import ExampleLeakage, LeakageCurve
+from fl_privacy.audit.deadline import DeadlineError, check_time
 from fl_privacy.audit.estimate import MAX_EXAMPLES, LeakageEstimate, Source, Status
 from fl_privacy.audit.exposure import Exposure, exposure, psnr_of
 from fl_privacy.audit.input_noise import leakage_under, shortfall
@@ -31,10 +32,6 @@ from fl_privacy.interval import Interval
 
 _CURVE_POINTS, _CURVE_SPAN = 17, 1e-6
 """Noise levels of a row's curve, and how far below the largest the smallest may be."""
-
-
-class _DeadlineError(Exception):
-    """The time is up."""
 
 
 def audit_tasks(
@@ -70,7 +67,7 @@ def _audit_or_fail(
 ) -> list[LeakageEstimate]:
     try:
         return _audit_group(context, params, group, device, deadline)
-    except _DeadlineError:
+    except DeadlineError:
         return [_without_estimate(context, task, Status.LATE, "not audited within the time limit") for task in group]
     except Exception as error:  # a privacy audit must not end a training run: the row says what went wrong
         if len(group) > 1:
@@ -105,10 +102,10 @@ def _audit_blind(
 ) -> list[LeakageEstimate]:
     """Returns a row per update of a group whose batches are not known."""
     if group[0].source is Source.PROXY:
-        return proxy_rows(context, params, group, torch.device(device), lambda: _check_time(deadline))
+        return proxy_rows(context, params, group, torch.device(device), lambda: check_time(deadline))
     rows = []
     for task in group:
-        rebuilt, how = rebuilt_task(context, params, task, torch.device(device), lambda: _check_time(deadline))
+        rebuilt, how = rebuilt_task(context, params, task, torch.device(device), lambda: check_time(deadline))
         if rebuilt is None:
             rows.append(task.row(Status.AUDIT_FAILED, detail=how))
         else:
@@ -124,7 +121,7 @@ def _audit_batches(
     rows, blurred = _measure(context, params, group, torch.device(device), dtype, deadline)
     again = [i for i, blur in enumerate(blurred) if blur and settings.precision == "auto"]
     if again:
-        with contextlib.suppress(_DeadlineError):  # a wide interval in time beats none
+        with contextlib.suppress(DeadlineError):  # a wide interval in time beats none
             chosen = [group[i] for i in again]
             sharper, _ = _measure(context, params, chosen, torch.device(device), torch.float64, deadline)
             for i, row in zip(again, sharper, strict=True):
@@ -149,7 +146,7 @@ def _measure(
     inputs = torch.stack([to_tensor(task.given, device, dtype) for task in group])
     labels = torch.stack([to_tensor(task.labels, device, dtype) for task in group])
     shared = torch.stack([flat_update(layout, task.shared, device, dtype) for task in group])
-    _check_time(deadline)
+    check_time(deadline)
     replay = replay_training(context, theta, group, inputs, labels, shared)
     seen = observed_perturbation(shared, replay.reference)
     # What nothing explains is not credited: an update that was not reproduced counts as undefended.
@@ -167,7 +164,7 @@ def _measure(
         labels[client_of],
         private=private,
         memory_budget=settings.memory_budget,
-        before_pass=lambda: _check_time(deadline),
+        before_pass=lambda: check_time(deadline),
     )
     spectrum = estimate_spectrum(
         jacobian,
@@ -260,11 +257,6 @@ def _measure(
             )
         )
     return rows, [bool(found.blurred[client_of == index].any()) for index in range(len(group))]
-
-
-def _check_time(deadline: float) -> None:
-    if time.monotonic() >= deadline:
-        raise _DeadlineError
 
 
 def _leaning(

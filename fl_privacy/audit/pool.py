@@ -5,23 +5,22 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import os
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from fl_privacy.audit.estimate import LeakageEstimate, Status
-from fl_privacy.audit.executor import Executor
-from fl_privacy.audit.measure import audit_tasks
+from fl_privacy.audit.executor import Executor, Job, R, T
 from fl_privacy.audit.replay import AuditContext
-from fl_privacy.audit.task import Array, ClientUpdate
+from fl_privacy.audit.task import Array
 from fl_privacy.errors import FLPrivacyError, InvalidInputError
 
 _log = logging.getLogger(__name__)
@@ -36,7 +35,7 @@ takes back every page of it: a quarter of the time on a CPU. Other systems ignor
 
 
 class AuditWorker:
-    """The actor: holds the model and the loss, audits chunks on the device that Ray gave it."""
+    """The actor: holds the model and the loss, does the work of chunks on the device that Ray gave it."""
 
     def __init__(self, context: AuditContext, num_threads: int) -> None:
         import torch
@@ -50,15 +49,15 @@ class AuditWorker:
         """Returns the torch device on which this worker computes."""
         return self._device
 
-    def audit(self, params: Mapping[str, Array], chunk: Sequence[ClientUpdate]) -> list[LeakageEstimate]:
-        """Returns the rows of a chunk."""
-        return audit_tasks(self._context, params, chunk, device=self._device)
+    def work(self, job: Job[T, R], params: Mapping[str, Array], chunk: Sequence[T]) -> list[R]:
+        """Returns the results of a chunk. Its deadline is the executor's, which ends workers that are late."""
+        return job.do(self._context, params, chunk, self._device, math.inf)
 
 
 @dataclass
-class _Running:
+class _Running(Generic[T]):
     worker: Any
-    chunk: Sequence[ClientUpdate]
+    chunk: Sequence[T]
     attempt: int
 
 
@@ -110,51 +109,54 @@ class RayExecutor(Executor):
         """Handles of the actors that exist now."""
         return list(self._workers)
 
-    def run(
+    def work(
         self,
+        job: Job[T, R],
         context: AuditContext,
         params: Mapping[str, Array],
-        chunks: Sequence[Sequence[ClientUpdate]],
+        chunks: Sequence[Sequence[T]],
         *,
         deadline: float,
-    ) -> Iterator[list[LeakageEstimate]]:
-        """Yields the rows of each chunk as workers finish. A dead worker's chunk is run by another."""
+    ) -> Iterator[list[R]]:
+        """Yields the results of each chunk as workers finish. A dead worker's chunk is done by another."""
         if not chunks:
             return
         self._open(context)
         theta = ray.put(dict(params))  # once per round, however many chunks
         waiting = deque((chunk, 1) for chunk in chunks)
         idle = list(self._workers)
-        running: dict[Any, _Running] = {}
+        running: dict[Any, _Running[T]] = {}
         try:
             while waiting or running:
                 while waiting and idle:
                     (chunk, attempt), worker = waiting.popleft(), idle.pop()
-                    running[worker.audit.remote(theta, list(chunk))] = _Running(worker, chunk, attempt)
+                    running[worker.work.remote(job, theta, list(chunk))] = _Running(worker, chunk, attempt)
                 left = deadline - time.monotonic()
                 done, _ = ray.wait(list(running), num_returns=1, timeout=max(0.0, left))
                 if not done:
-                    return  # out of time; what is late is the auditor's to report
-                job = running.pop(done[0])
+                    return  # out of time; what is late is the caller's to report
+                ended = running.pop(done[0])
                 try:
-                    rows: list[LeakageEstimate] = ray.get(done[0])
-                except RayTaskError as error:  # the worker lives; it is the audit that failed
-                    idle.append(job.worker)
-                    rows = _failed(job.chunk, f"{type(error.cause).__name__}: {error.cause}")
+                    results: list[R] = ray.get(done[0])
+                except RayTaskError as error:  # the worker lives; it is the job that failed
+                    idle.append(ended.worker)
+                    results = _failed(job, ended.chunk, f"{type(error.cause).__name__}: {error.cause}")
                 except RayError as error:
-                    _log.warning("an audit worker died (%s); its clients are audited by another", _first_line(error))
-                    idle.append(self._replace(job.worker))
-                    if job.attempt < _MAX_ATTEMPTS:
-                        waiting.append((job.chunk, job.attempt + 1))
+                    _log.warning("an audit worker died (%s); another does its work", _first_line(error))
+                    idle.append(self._replace(ended.worker))
+                    if ended.attempt < _MAX_ATTEMPTS:
+                        waiting.append((ended.chunk, ended.attempt + 1))
                         continue
-                    rows = _failed(job.chunk, f"{_MAX_ATTEMPTS} workers died while auditing it: {_first_line(error)}")
+                    results = _failed(
+                        job, ended.chunk, f"{_MAX_ATTEMPTS} workers died while working on it: {_first_line(error)}"
+                    )
                 else:
-                    idle.append(job.worker)
-                yield rows
+                    idle.append(ended.worker)
+                yield results
         finally:
             # A worker that is still busy would hold up the next round.
-            for job in running.values():
-                self._replace(job.worker)
+            for late in running.values():
+                self._replace(late.worker)
 
     def close(self) -> None:
         """Ends all actors, and the cluster if this executor started it."""
@@ -289,8 +291,8 @@ def _computing_nodes() -> list[str]:
     return [n["NodeID"] for n in nodes if n["Resources"].get("CPU", 0) > 0] or [n["NodeID"] for n in nodes]
 
 
-def _failed(chunk: Sequence[ClientUpdate], reason: str) -> list[LeakageEstimate]:
-    return [task.row(Status.AUDIT_FAILED, detail=reason) for task in chunk]
+def _failed(job: Job[T, R], chunk: Sequence[T], reason: str) -> list[R]:
+    return [job.failed(task, reason) for task in chunk]
 
 
 def _first_line(error: Exception) -> str:

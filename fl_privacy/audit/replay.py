@@ -130,7 +130,9 @@ def _update_map(
     )
 
 
-def update_at(context: AuditContext, params: Mapping[str, Array], task: AuditTask, inputs: Array) -> dict[str, Numbers]:
+def update_at(
+    context: AuditContext, params: Mapping[str, Array], task: AuditTask, inputs: Array, *, device: str = "cpu"
+) -> dict[str, Numbers]:
     """Returns the update that a client's local training gives at other inputs than its own, by parameter name.
 
     Args:
@@ -138,18 +140,17 @@ def update_at(context: AuditContext, params: Mapping[str, Array], task: AuditTas
         params: Global arrays of the round by name.
         task: A client's, whose training can be reproduced.
         inputs: `[N, *shape]` in place of those that its model was trained on.
+        device: Where to compute, a torch device name.
     """
     layout = ParameterLayout.of(context.model)
-    device, dtype = torch.device("cpu"), torch.float64
-    theta = {name: to_tensor(array, device, dtype) for name, array in params.items()}
-    given, labels = (to_tensor(part, device, dtype)[None] for part in (task.given, task.labels))
-    shared = flat_update(layout, task.shared, device, dtype)[None]
+    place, dtype = torch.device(device), torch.float64
+    theta = {name: to_tensor(array, place, dtype) for name, array in params.items()}
+    given, labels = (to_tensor(part, place, dtype)[None] for part in (task.given, task.labels))
+    shared = flat_update(layout, task.shared, place, dtype)[None]
     replay = replay_training(context, theta, [task], given, labels, shared)
-    other = to_tensor(inputs, device, dtype)[None]
-    update = UpdateJacobian(replay.update, theta, other, labels, memory_budget=context.settings.memory_budget).update()[
-        0
-    ]
-    parts = torch.split(update, list(layout.sizes))
+    other = to_tensor(inputs, place, dtype)[None]
+    at_other = UpdateJacobian(replay.update, theta, other, labels, memory_budget=context.settings.memory_budget)
+    parts = torch.split(at_other.update()[0].cpu(), list(layout.sizes))
     return {
         name: part.reshape(shape).numpy() for name, part, shape in zip(layout.names, parts, layout.shapes, strict=True)
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from typing import Any, cast, get_args
@@ -135,6 +135,7 @@ class InputProtection:
         capture: Records the training for the audit, which is told of the noise; `None` where none is asked for.
         generator: Of the noise.
         memory_budget: Bytes of graph.
+        before_pass: Called before each pass of a product with J; what it raises ends the call of `protect`.
     """
 
     def __init__(
@@ -145,7 +146,9 @@ class InputProtection:
         generator: np.random.Generator,
         *,
         memory_budget: int,
+        before_pass: Callable[[], None] | None = None,
     ) -> None:
+        self._before_pass = before_pass
         self._advice = advice
         self._capture = capture
         self._generator = generator
@@ -194,15 +197,15 @@ class InputProtection:
             note="; ".join(self._notes),
         )
         moved = torch.from_numpy(shift.on(x)).to(inputs.device)
-        self._leakage.extend(leakage[leakage < 1].tolist())
+        self._leakage.extend(leakage.tolist())
         if self._capture is not None:
             self._capture.add_shift(inputs, labels, moved, shift)
         return moved
 
     @property
-    def leakage(self) -> float | None:
-        """The most that x + a tells of any example that got noise in this round; `None` if none did."""
-        return max(self._leakage, default=None)
+    def leakage(self) -> float:
+        """The most that x + a tells of any example of this round; 1 where one got no noise, as none was needed."""
+        return max(self._leakage, default=1.0)
 
     def _draw_missing(
         self,
@@ -244,6 +247,7 @@ class InputProtection:
             public=public,
             generator=self._generator,
             memory_budget=self._memory_budget,
+            before_pass=self._before_pass,
         )
         # T draws of T times the variance tell together what one of the variance itself does.
         scale = 1.0 if advice.kept else math.sqrt(advice.shares)

@@ -167,7 +167,7 @@ class TestOnePool:
     def test_a_client_that_kills_every_worker_fails_alone(self, pool):
         rows = pool.audit(pool.tasks(client1=DIES))
         assert [row.status for row in rows] == [Status.AUDITED, Status.AUDIT_FAILED, Status.AUDITED]
-        assert "3 workers died while auditing it" in rows[1].detail
+        assert "3 workers died while working on it" in rows[1].detail
         assert {row.status for row in pool.audit(pool.tasks())} == {Status.AUDITED}
 
     def test_no_worker_is_left_when_it_is_closed_and_the_cluster_is(self, pool):
