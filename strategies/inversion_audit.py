@@ -29,7 +29,7 @@ from fl_privacy.audit.policy import Policy, PolicyAction
 from fl_privacy.audit.public import PublicExamples, UpdateTask
 from fl_privacy.audit.rounds import RoundsTogether
 from fl_privacy.audit.settings import AuditSettings
-from fl_privacy.audit.task import Array, AuditTask, ClientUpdate
+from fl_privacy.audit.task import Array, AuditTask
 from fl_privacy.audit.wording import joined
 from fl_privacy.errors import InvalidInputError, LedgerError
 from fl_privacy.flower.advice import Advice
@@ -272,7 +272,7 @@ class InversionAudit(Strategy):
         )
         self._audit(readings, params)
         self._actions.prepare([reading for reading in readings if self._may_pass(reading)], params)
-        rows = [self._with_rounds(self._act(reading, params), reading.task) for reading in readings]
+        rows = [self._with_rounds(self._act(reading, params), reading) for reading in readings]
         self.estimates.extend(rows)
         self._write(rows)
         self._display.round(server_round, rows)
@@ -352,11 +352,12 @@ class InversionAudit(Strategy):
         target = self._actions.target_of(self._names.get(node_id, ""))
         return Request.for_estimate(replace(self._auditor.settings, target_leakage=target))
 
-    def _with_rounds(self, row: LeakageEstimate, task: ClientUpdate | None) -> LeakageEstimate:
+    def _with_rounds(self, row: LeakageEstimate, reading: Reading) -> LeakageEstimate:
         """Returns a row with what all rounds tell together; nothing of numbers that are approximate to begin with."""
+        task = reading.task
         if isinstance(task, UpdateTask):
             return row
-        return self._rounds.add(row, task if isinstance(task, AuditTask) else None)
+        return self._rounds.add(row, task if isinstance(task, AuditTask) else None, arrived=reading.row)
 
     def _note_learning_rate(self, message: Message) -> None:
         """Keeps the learning rate that a client is told, where the audit is given none."""

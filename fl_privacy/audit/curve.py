@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from fl_privacy.interval import Interval
+
 VERSION = 1
 """Of what `to_dict` writes."""
 
@@ -50,6 +52,10 @@ class LeakageCurve:
                 return float(near ** (1 - share) * far**share)
         return pairs[-1][0]
 
+    def most_noise_std_at(self, leakage: float) -> float:
+        """Returns the first σ of the curve at which less than a leakage is left; infinite beyond its last one."""
+        return min((s for s, u in zip(self.noise_std, self.upper, strict=True) if u < leakage), default=math.inf)
+
     def leakage_at(self, noise_std: float) -> float:
         """Returns the leakage at a noise level, log σ interpolated; beyond the curve's ends that of its ends."""
         pairs = list(zip(self.noise_std, self.value, strict=True))
@@ -60,6 +66,15 @@ class LeakageCurve:
                 share = 1.0 if far == near else math.log(noise_std / near) / math.log(far / near)
                 return (1 - share) * above + share * below
         return pairs[-1][1]
+
+    def bounds_at(self, noise_std: float) -> Interval[float]:
+        """Returns the leakage at a noise level between two bounds that hold: leakage falls with noise.
+
+        They are those at the levels beside it; beyond the last one the lower bound is 0, before the first the upper 1.
+        """
+        upper = min((u for s, u in zip(self.noise_std, self.upper, strict=True) if s <= noise_std), default=1.0)
+        lower = max((low for s, low in zip(self.noise_std, self.lower, strict=True) if s >= noise_std), default=0.0)
+        return Interval(lower, min(max(self.leakage_at(noise_std), lower), upper), upper)
 
     def rounded(self) -> LeakageCurve:
         """Returns the curve in few digits, as rows hold it; the bounds are rounded outwards and still hold."""

@@ -124,6 +124,8 @@ class LeakageEstimate:
     rounds_leakage: Interval[float] | None = None
     """Leakage of one example over all of the client's rounds so far, this one included: two bounds that hold, from each
     round's own leakage, and between them an estimate as if every round had this one's eigenvectors."""
+    rounds_passed_leakage: Interval[float] | None = None
+    """The same of what went to the inner strategy: less where the server perturbed, or left updates out."""
     leakage_mean: float | None = None
     """Mean over the audited examples; equals `leakage.value` for unit `batch`."""
     worst_example: int | None = None
@@ -228,7 +230,7 @@ class LeakageEstimate:
                 values[name] = _decode(value) if name in _DECODED and isinstance(value, _CODED) else value
         values["status"] = Status(values["status"])
         values["source"] = Source(values.get("source", Source.NONE))
-        for name in ("leakage", "rounds_leakage", "required_noise_interval"):
+        for name in ("leakage", "rounds_leakage", "rounds_passed_leakage", "required_noise_interval"):
             if values.get(name) is not None:
                 values[name] = Interval(*values[name])
         if values.get("curve") is not None:

@@ -100,6 +100,9 @@ def summary_table(estimates: Iterable[LeakageEstimate], *, title: str | None = N
     )
     acted = _Acted([history.last for _, history in histories if history.last])
     acted.add_columns(table)
+    passed = together and acted.passed
+    if passed:
+        table.add_column("passed on,\nall rounds", justify="right", no_wrap=True)
     private = [history.last.delta for _, history in histories if history.last and history.last.delta is not None]
     if private:
         table.add_column(f"ε (δ {private[0]:g})", justify="right", no_wrap=True)
@@ -113,10 +116,11 @@ def summary_table(estimates: Iterable[LeakageEstimate], *, title: str | None = N
             _leakage_cell(worst),
             str(worst.server_round) if worst else ABSENT,
             _leakage_cell(last),
-            *([_together_cell(last)] if together else []),
+            *([_together_cell(last.rounds_leakage if last else None)] if together else []),
             about_text(history.neediest)
             + number_text(history.neediest.required_noise_std if history.neediest else None),
             *acted.cells(last),
+            *([_together_cell(last.rounds_passed_leakage if last else None)] if passed else []),
             *([number_text(last.epsilon if last else None)] if private else []),
             Text(statuses, style="" if all(status.has_estimate for status in history.statuses) else "yellow"),
         )
@@ -157,19 +161,19 @@ class _Acted:
 
     def __init__(self, rows: Sequence[LeakageEstimate]) -> None:
         self._noise = any(row.applied_noise_std is not None for row in rows)
-        self._passed = any(row.action == "perturbed" for row in rows)
+        self.passed = any(row.action == "perturbed" for row in rows)
 
     def add_columns(self, table: Table) -> None:
         if self._noise:
             table.add_column("noise\nput on", justify="right", no_wrap=True)
-        if self._passed:
+        if self.passed:
             table.add_column("leakage\npassed on", justify="right", no_wrap=True)
 
     def cells(self, row: LeakageEstimate | None) -> list[str]:
         cells = [number_text(row.applied_noise_std if row else None)] if self._noise else []
         passed = row.passed_leakage if row else None
         limit = ABSENT if passed is None else f"≤ {math.ceil(100 * passed) / 100:.2f}"
-        return [*cells, limit] if self._passed else cells
+        return [*cells, limit] if self.passed else cells
 
 
 def _table(title: str | None) -> Table:
@@ -203,8 +207,7 @@ def _leakage_cell(row: LeakageEstimate | None) -> Text:
     return Text(about_text(row) + leakage_text(interval), style=_leakage_style(interval))
 
 
-def _together_cell(row: LeakageEstimate | None) -> Text:
-    interval = None if row is None else row.rounds_leakage
+def _together_cell(interval: Interval[float] | None) -> Text:
     return Text(at_most_text(interval), style=_leakage_style(interval))
 
 

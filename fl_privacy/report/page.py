@@ -58,6 +58,12 @@ def _epsilon(row: LeakageEstimate) -> str:
     return f"{'∞' if math.isinf(row.epsilon) else number_text(row.epsilon)} at δ = {row.delta:g}"
 
 
+def _passed_in_all(row: LeakageEstimate) -> str:
+    """Nothing where it is what arrived: the column is for servers that did something about it."""
+    passed = row.rounds_passed_leakage
+    return ABSENT if passed == row.rounds_leakage else at_most_text(passed)
+
+
 _COLUMNS = (
     _Column(
         "all rounds so far",
@@ -69,6 +75,11 @@ _COLUMNS = (
     _Column("noise on inputs", lambda row: row.input_noise or ABSENT),
     _Column("leakage behind it, at most", lambda row: number_text(row.input_noise_leakage)),
     _Column("leakage passed on, at most", lambda row: number_text(row.passed_leakage)),
+    _Column(
+        "passed on in all rounds so far",
+        _passed_in_all,
+        "Passed on in all rounds so far: what the server's noise, and what it left out, leave of that, at most.",
+    ),
     _Column("differential privacy, ε", _epsilon, "Differential privacy is another number than leakage."),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -101,3 +102,84 @@ def test_a_round_of_which_nothing_is_known_leaves_nothing_known_and_a_silent_one
         assert followed.add(empty, None).rounds_leakage is None
         told = followed.add(row(gram, noise_for(gram, 0.2), 2), None).rounds_leakage
         assert told.upper == pytest.approx(upper, abs=1e-6)
+
+
+def perturbed(arrived, std, **changes):
+    """What the server's row says when it has put noise of a standard deviation on what arrived."""
+    target = arrived.target_leakage or arrived.leakage.upper
+    passed = min(arrived.leakage.upper, target)
+    return replace(arrived, action="perturbed", applied_noise_std=std, passed_leakage=passed, **changes)
+
+
+@pytest.mark.parametrize("turning", [False, True], ids=["same eigenvectors", "others in every round"])
+@pytest.mark.parametrize("target", [0.1, 0.5])
+@pytest.mark.parametrize("own", [0.0, 0.7], ids=["bare", "noise of its own"])
+def test_what_was_passed_on_is_told_by_the_dense_sum_with_the_server_s_noise_in_it(turning, target, own):
+    generator = np.random.default_rng(3)
+    first = spectrum(generator)
+    arriving, passing, followed = np.zeros((DIM, DIM)), np.zeros((DIM, DIM)), RoundsTogether()
+    for t in range(1, 6):
+        gram = spectrum(generator) if turning else first * generator.uniform(0.3, 3)
+        needed = noise_for(gram, target)
+        own_std = max(own, 1e-4) * needed
+        std = math.sqrt(1 - own**2) * needed
+        arriving += gram / own_std**2
+        passing += gram / (own_std**2 + std**2)
+        arrived = row(gram, own_std, t, target_leakage=target, required_noise_std=needed, verified=True)
+        told = followed.add(perturbed(arrived, std), None, arrived=arrived)
+        for interval, dense in ((told.rounds_leakage, arriving), (told.rounds_passed_leakage, passing)):
+            assert interval.lower - 1e-9 <= leakage(dense) <= interval.upper + 1e-9
+        if not turning:
+            assert told.rounds_passed_leakage.value == pytest.approx(leakage(passing), abs=0.02)
+        assert told.rounds_passed_leakage.upper <= min(1.0, t * target) + 1e-6
+        assert told.rounds_passed_leakage.upper <= told.rounds_leakage.upper
+        assert told.rounds_passed_leakage.value < told.rounds_leakage.value
+
+
+def test_what_the_server_left_out_tells_those_who_come_after_nothing():
+    gram, followed = spectrum(np.random.default_rng(4)), RoundsTogether()
+    arrived = [row(gram, noise_for(gram, 0.2), t) for t in (1, 2, 3)]
+    out = [replace(each, action="excluded") for each in arrived]
+    told = followed.add(out[0], None, arrived=arrived[0])
+    assert told.rounds_passed_leakage is None
+    assert told.rounds_leakage.upper == pytest.approx(0.2, abs=1e-6)
+    told = followed.add(arrived[1], None)
+    assert told.rounds_passed_leakage.upper == pytest.approx(0.2, abs=1e-6)
+    assert told.rounds_leakage.upper == pytest.approx(0.4, abs=1e-6)
+    unknown = LeakageEstimate(server_round=3, client="7", status=Status.LATE, action="excluded")
+    assert followed.add(unknown, None).rounds_leakage is None
+    told = followed.add(out[2], None, arrived=arrived[2])
+    assert told.rounds_passed_leakage.upper == pytest.approx(0.2, abs=1e-6)
+    assert told.rounds_leakage.upper == 1.0  # of the second round nothing is known but that something arrived
+
+
+def test_noise_that_the_server_keeps_counts_once_and_isotropic_noise_in_its_place_is_added():
+    gram, followed = spectrum(np.random.default_rng(5)), RoundsTogether()
+    bare = [row(gram, noise_for(gram, 0.99), t, target_leakage=0.3, verified=True) for t in range(1, 6)]
+    law = {"input_noise": "client", "input_noise_kept": True, "input_noise_leakage": 0.3, "input_noise_rms": 0.8}
+    for arrived in bare[:4]:
+        shaped = replace(arrived, action="perturbed", passed_leakage=0.3, **law)
+        assert followed.add(shaped, None, arrived=arrived).rounds_passed_leakage == Interval(0.3, 0.3, 0.3)
+    told = followed.add(perturbed(bare[4], noise_for(gram, 0.3)), None, arrived=bare[4])
+    assert told.rounds_passed_leakage.upper == pytest.approx(0.6, abs=1e-6)
+    assert told.rounds_passed_leakage.lower == 0.3
+
+
+@pytest.mark.parametrize("changes", [{"verified": False}, {"verified": True, "epsilon": 3.0}])
+def test_noise_that_leakage_is_not_credited_for_is_not_credited_over_the_rounds(changes):
+    gram, followed = spectrum(np.random.default_rng(6)), RoundsTogether()
+    arrived = row(gram, noise_for(gram, 0.4), 1)
+    acted = replace(arrived, action="perturbed", applied_noise_std=noise_for(gram, 0.1), passed_leakage=0.4, **changes)
+    assert followed.add(acted, None, arrived=arrived).rounds_passed_leakage.upper == 0.4
+
+
+def test_bounds_between_a_curve_s_levels_hold():
+    gram = spectrum(np.random.default_rng(7))
+    curve = row(gram, 1.0, 1).curve
+    coarse = LeakageCurve(**{name: getattr(curve, name)[::7] for name in ("noise_std", "lower", "value", "upper")})
+    for std in np.geomspace(coarse.noise_std[0] / 10, coarse.noise_std[-1] * 10, 200):
+        bounds = coarse.bounds_at(float(std))
+        assert bounds.lower <= leakage(gram / std**2) <= bounds.upper
+        assert bounds.lower <= bounds.value <= bounds.upper
+    assert coarse.bounds_at(coarse.noise_std[-1] * 10).lower == 0
+    assert coarse.bounds_at(coarse.noise_std[0] / 10).upper == 1

@@ -18,9 +18,23 @@ from fl_privacy.errors import InvalidInputError
 from fl_privacy.flower import InversionAuditMod, record_batches
 from fl_privacy.flower.advice import ADVICE_KEY, Advice
 from fl_privacy.flower.records import REPORT_KEY
+from fl_privacy.influence.jacobian import UpdateJacobian
+from fl_privacy.influence.spectrum import dense_gram
+from fl_privacy.influence.training import LocalTrainingUpdate
 from fl_privacy.strategies import InversionAudit
 
-from .cases import LocalGrid, audited_app, change_of, new_app, new_context, new_model, report_of, train_message
+from .cases import (
+    LR,
+    LocalGrid,
+    audited_app,
+    batches_of,
+    change_of,
+    new_app,
+    new_context,
+    new_model,
+    report_of,
+    train_message,
+)
 
 NODES = (10, 20)
 TARGET = 0.4
@@ -174,6 +188,33 @@ def test_what_the_server_passes_on_leaks_no_more_than_the_target_when_it_is_audi
     for node in NODES:
         assert rows(again, 1)[node].leakage.value < TARGET + 0.1
         assert rows(again, 1)[node].leakage.upper < 0.6
+
+
+def test_what_the_server_passed_on_in_all_rounds_is_told_by_the_dense_sum_over_them():
+    strategy = audit(Policy(action="perturb", seed=3))
+    run(strategy, rounds=4)
+    for node in NODES:
+        (inputs, labels), model = batches_of(node)[0], new_model().double()
+        total = torch.zeros(len(inputs), 16, 16, dtype=torch.float64)
+        for server_round in range(1, 5):
+            row = rows(strategy, server_round)[node]
+            sent = strategy.strategy.global_arrays[server_round - 1]
+            jacobian = UpdateJacobian(
+                LocalTrainingUpdate(model, nn.CrossEntropyLoss(), lr=LR, steps=1),
+                {name: torch.from_numpy(sent[name]).double() for name in PARAMETERS},
+                inputs.double().expand(len(inputs), *inputs.shape),
+                labels.expand(len(inputs), -1),
+                private=torch.arange(len(inputs)),
+            )
+            grams = torch.stack([dense_gram(jacobian, unit) for unit in range(len(inputs))])
+            total += grams / row.applied_noise_std**2
+            eigenvalues = torch.linalg.eigvalsh(total)
+            dense = float((eigenvalues / (eigenvalues + 1)).mean(-1).max())  # τ = 1
+            told = row.rounds_passed_leakage
+            assert told.lower - 1e-6 <= dense <= told.upper + 1e-6
+            assert told.upper <= server_round * TARGET + 1e-6
+            assert told.value == pytest.approx(dense, abs=0.03)
+            assert row.rounds_leakage.lower > 0.99
 
 
 def test_noise_on_a_clipped_update_has_the_update_s_scale():

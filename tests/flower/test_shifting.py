@@ -78,6 +78,10 @@ def assert_shaped(rounds, server_round):
         np.testing.assert_allclose(change(rounds.strategy, server_round, node), trained_on(sent, batches), atol=2e-6)
 
 
+def passed_in_all(rounds, server_round):
+    return {rows(rounds.strategy, server_round)[node].rounds_passed_leakage.upper for node in NODES}
+
+
 def assert_isotropic(rounds, server_round, detail):
     for node in NODES:
         row = rows(rounds.strategy, server_round)[node]
@@ -238,6 +242,9 @@ def test_workers_give_what_this_process_gives_and_may_hang_or_die(order):
     assert_isotropic(rounds, 2, LATE)
     assert_isotropic(rounds, 3, "3 workers died while working on it")
     assert_shaped(rounds, 4)
+    # Isotropic noise leaks anew; what is shaped is kept, and counts once.
+    for server_round, shares in enumerate((1, 2, 3, 3), start=1):
+        assert passed_in_all(rounds, server_round) == {pytest.approx(shares * TARGET, rel=1e-5)}
     serial = Rounds(order, [(None, 200.0)])
     for node in NODES:
         ours, theirs = rows(rounds.strategy, 1)[node], rows(serial.strategy, 1)[node]
