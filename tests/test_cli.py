@@ -10,6 +10,7 @@ import re
 import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -262,6 +263,22 @@ class TestSummaryTable:
         worst = ["0.93", "[0.91,", "0.95]", "2", "0.20", "[0.18,", "0.22]"]
         assert lines[-2].split() == ["9", "4", *worst, "0.00963", "audited", "3,", "late", "1"]
         assert lines[-1].split() == ["10", "1", "-", "-", "-", "-", "unprotected", "1"]
+
+    def test_what_all_rounds_tell_as_they_arrived_and_as_they_were_passed_on(self) -> None:
+        """In a run whose server put noise on updates; where none did, the two are the same number."""
+        told = {
+            "rounds_leakage": Interval(0.93, 0.99, 1.0),
+            "rounds_passed_leakage": Interval(0.2, 0.3, 0.355),
+            "passed_leakage": 0.2,
+            "applied_noise_std": 0.0125,
+        }
+        row = replace(audited(2, "a-client-of-some-length", 0.93), action="perturbed", **told)
+        lines = rendered(summary_table([row]))
+        assert max(map(len, lines)) <= 120
+        assert all("\n".join(lines).count(heading) == 1 for heading in ("together", "passed on,"))
+        assert "≤ 1.00 0.00963 0.0125 ≤ 0.20 ≤ 0.36 audited" in " ".join(lines[-1].split())
+        alone = rendered(summary_table([replace(audited(2, "9", 0.5), rounds_leakage=told["rounds_leakage"])]))
+        assert not any("passed on," in line for line in alone)
 
     def test_an_unknown_leakage_is_the_worst(self) -> None:
         rows = [audited(1, "9", 0.5), audited(2, "9", math.nan), audited(3, "9", 0.9)]

@@ -30,8 +30,8 @@ _START_SECONDS = 120.0
 _MAX_ATTEMPTS = 3
 """How often a chunk is tried: a worker that dies twice on the same chunk will die a third time."""
 _KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 * 1024**2), "MALLOC_TRIM_THRESHOLD_": str(256 * 1024**2)}
-"""glibc's settings for workers: a pass then reuses the last one's memory, where otherwise the system hands out, zeroes and
-takes back every page of it: a quarter of the time on a CPU. Other systems ignore them."""
+"""glibc's settings for workers: a pass then reuses the last one's memory, where otherwise the system hands out, zeroes
+and takes back every page of it: a quarter of the time on a CPU. Other systems ignore them."""
 
 
 class AuditWorker:

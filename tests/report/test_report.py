@@ -202,15 +202,19 @@ class TestRows:
                 "1",
                 0.3,
                 rounds_leakage=Interval(0.4, 0.5, 0.6),
+                rounds_passed_leakage=Interval(0.1, 0.2, 0.25),
                 input_noise="public",
                 input_noise_leakage=0.35,
                 epsilon=math.inf,
                 delta=1e-5,
             )
-            ledger.append([row, audited(3, "2", 0.2)], run_id="later")
+            same = dict.fromkeys(("rounds_leakage", "rounds_passed_leakage"), Interval(0.2, 0.2, 0.2))
+            ledger.append([row, audited(3, "2", 0.2, **same)], run_id="later")
         html = re.sub(r"\s+", " ", report(path).text)
-        assert "all rounds so farnoise on inputsleakage behind it, at mostdifferential privacy, ε" in html
-        assert "≤ 0.60public0.35∞ at δ = 1e-05" in html
+        passed = "passed on in all rounds so far"
+        assert f"all rounds so farnoise on inputsleakage behind it, at most{passed}differential privacy, ε" in html
+        assert "≤ 0.60public0.35≤ 0.25∞ at δ = 1e-05" in html
+        assert "≤ 0.20----" in html  # of what was passed on as it arrived there is nothing more to say
         assert "what a client's rounds up to this one tell together" in html
         assert "noise advised" not in html  # of which no row of this run says anything
 
