@@ -272,7 +272,7 @@ class TestSummaryTable:
             "passed_leakage": 0.2,
             "applied_noise_std": 0.0125,
         }
-        row = replace(audited(2, "a-client-of-some-length", 0.93), action="perturbed", **told)
+        row = replace(audited(2, "a-client-of-22-letters", 0.93), action="perturbed", **told)
         lines = rendered(summary_table([row]))
         assert max(map(len, lines)) <= 120
         assert all("\n".join(lines).count(heading) == 1 for heading in ("together", "passed on,"))
