@@ -163,8 +163,10 @@ class PolicyActions:
 
     def _apply(self, reading: Reading, params: Mapping[str, Numbers]) -> LeakageEstimate:
         row = replace(reading.row, passed_leakage=None if reading.row.leakage is None else reading.row.leakage.upper)
-        if reading.aggregate or reading.reply is None:
+        if reading.reply is None:
             return row
+        if reading.aggregate:
+            return self._of_aggregate(reading.node_id, row)
         if self.policy.floor_std is not None:
             return self._with_floor(reading.node_id, reading.reply, row, self.policy.floor_std, params)
         if self.policy.excludes(row):
@@ -173,6 +175,15 @@ class PolicyActions:
             return self._advise(reading.node_id, row)
         if self.policy.action == "perturb":
             return self._perturb(reading, reading.reply, row, params)
+        return row
+
+    def _of_aggregate(self, node_id: int, row: LeakageEstimate) -> LeakageEstimate:
+        """Advises a client of whose update only a mean arrived, which it can audit itself; nothing else can be done."""
+        if self.policy.floor_std is None and self.policy.action == "advise":
+            return self._advise(node_id, row)
+        if self.policy.action in ("perturb", "exclude"):
+            why = f"the policy ({self.policy.action}) was not applied: no client's own update arrived"
+            return replace(row, detail=joined(row.detail, why))
         return row
 
     def accounted(self, reading: Reading) -> LeakageEstimate:

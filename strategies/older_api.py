@@ -18,7 +18,6 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import nn
 
-from fl_privacy.audit.policy import Policy
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.flower.older_api import NAMES_KEY, take_report
 from fl_privacy.flower.records import REPORT_KEY
@@ -39,7 +38,8 @@ class OlderInversionAudit(OlderStrategy):
     after the run. A round's messages are put into the form that it reads, and its replies back into the older form.
 
     Under SecAgg+ all replies carry the same arrays, the mean: then no client's own update arrived, and rows say
-    `aggregate-only`, unless clients audited themselves (`source="client"`).
+    `aggregate-only`, unless clients audited themselves (`source="client"`). Those follow advice; the policies `perturb`
+    and `exclude` are not applied, and rows say so.
 
     Args:
         strategy: The inner strategy.
@@ -50,10 +50,6 @@ class OlderInversionAudit(OlderStrategy):
 
     def __init__(self, strategy: OlderStrategy, *, model: nn.Module, loss: Loss, **options: Any) -> None:
         super().__init__()
-        if Policy.of(options.get("policy", "report")).action == "advise":
-            raise InvalidInputError(
-                "expected a policy of report, perturb or exclude, got advise: clients of the older API cannot follow it"
-            )
         self.strategy = strategy
         self._bridge = _Bridge(strategy, model)
         self.audit = InversionAudit(self._bridge, model=model, loss=loss, **options)
@@ -66,7 +62,7 @@ class OlderInversionAudit(OlderStrategy):
     def configure_fit(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
     ) -> list[tuple[ClientProxy, FitIns]]:
-        """Returns the inner strategy's instructions, each with a request for a report in a config of its own."""
+        """Returns the inner strategy's instructions, each with a request and with advice in a config of its own."""
         self._bridge.instructions = self.strategy.configure_fit(server_round, parameters, client_manager)
         arrays = self._bridge.record_of(parameters)
         arrays = ArrayRecord({name: Array(array.numpy()) for name, array in arrays.items()})  # with their shapes

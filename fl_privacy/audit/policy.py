@@ -32,9 +32,10 @@ class Policy:
 
     Attributes:
         action: `report`: nothing but rows. `advise`: each client is told in the next round how much noise to add to
-            its update before it shares it, and its `InversionAuditMod` does so. `perturb`: the server adds the noise to
-            what arrived, before the inner strategy aggregates; it protects against whoever sees what comes after, not
-            against the server. `exclude`: the update of a client that leaks more than the limit is left out.
+            its update before it shares it, and its `InversionAuditMod` or `AuditedClient` does so. `perturb`: the
+            server adds the noise to what arrived, before the inner strategy aggregates; it protects against whoever
+            sees what comes after, not against the server. `exclude`: the update of a client that leaks more than the
+            limit is left out.
         targets: Leakage that a client is to be brought down to, by its name; the others' is the audit's
             `target_leakage`.
         limit: Leakage above which `exclude` leaves a client out, on the upper end of its interval. `None`: its target.

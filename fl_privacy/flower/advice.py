@@ -6,10 +6,12 @@ import json
 import math
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import asdict, dataclass
+from logging import WARNING
 from typing import Any, TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
+from flwr.supercore import log
 
 from fl_privacy.audit.task import Numbers
 from fl_privacy.errors import RecordError
@@ -97,6 +99,20 @@ def taken(config: MutableMapping[str, Any], key: str, read: Callable[[Mapping[st
         return read(json.loads(written))
     except (ValueError, TypeError, LookupError, RecursionError, OverflowError) as error:
         raise RecordError(f"expected advice from the server, got {written!r:.80}") from error
+
+
+def readable(take: Callable[[MutableMapping[str, Any]], T | None], config: MutableMapping[str, Any]) -> T | None:
+    """Removes one kind of advice from a config and returns it; what cannot be read is none, and the log says so.
+
+    Args:
+        take: Of the kind: `Advice.take`, for one.
+        config: As it arrived.
+    """
+    try:
+        return take(config)
+    except RecordError as error:
+        log(WARNING, "fl_privacy: %s", error)
+        return None
 
 
 def clipped(

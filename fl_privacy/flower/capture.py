@@ -181,9 +181,11 @@ class TrainingCapture:
         """Returns the parameter change by name, or `None` where the optimiser's parameters could not be told apart."""
         if not self._parameters:
             return None
-        return {
-            name: np.subtract(_to_numpy(parameter), self._initial[name]) for name, parameter in self._parameters.items()
-        }
+        changes = {}
+        for name, parameter in self._parameters.items():
+            value = _to_numpy(parameter)
+            changes[name] = np.subtract(value, self._initial[name].astype(value.dtype))
+        return changes
 
     @contextlib.contextmanager
     def _harmless(self) -> Iterator[None]:
@@ -274,7 +276,8 @@ def _same_bounds(one: InputShift, other: InputShift) -> bool:
 
 
 def _same(known: Array, value: Array) -> bool:
-    return known.shape == value.shape and bool(np.array_equal(known, value))
+    """Whether a parameter was loaded from an array, which may have arrived as float64, as under SecAgg+."""
+    return known.shape == value.shape and bool(np.array_equal(known.astype(value.dtype), value))
 
 
 def _to_numpy(tensor: Tensor) -> Array:

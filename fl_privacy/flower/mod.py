@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from logging import WARNING
-from typing import TypeVar
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
-from flwr.supercore import log
 
 from fl_privacy.audit.task import Array
-from fl_privacy.errors import RecordError
-from fl_privacy.flower.advice import Advice
+from fl_privacy.flower.advice import Advice, readable
 from fl_privacy.flower.protection import InputAdvice
 from fl_privacy.flower.records import REPORT_KEY
 from fl_privacy.flower.reporter import Describe, NewModel, Reporter
@@ -21,7 +18,7 @@ from fl_privacy.flower.request import Request
 from fl_privacy.flower.updates import shared_update
 from fl_privacy.influence.update import Loss
 
-A = TypeVar("A", Advice, InputAdvice)
+T = TypeVar("T")
 
 
 class InversionAuditMod:
@@ -99,7 +96,7 @@ class InversionAuditMod:
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """Runs the app, follows advice, and adds a report to the reply if the server asked for one."""
         request = _take_request(message)
-        advice, input_advice = _take_advice(message, Advice), _take_advice(message, InputAdvice)
+        advice, input_advice = _take_advice(message, Advice.take), _take_advice(message, InputAdvice.take)
         if request is None or not message.metadata.message_type.startswith(MessageType.TRAIN):
             return call_next(message, context)
         sent = _arrays(message.content)
@@ -132,14 +129,11 @@ def _take_request(message: Message) -> Request | None:
     return None
 
 
-def _take_advice(message: Message, kind: type[A]) -> A | None:
-    """Removes one kind of advice from the message's config; what cannot be read is none, and the log says so."""
-    found: A | None = None
+def _take_advice(message: Message, take: Callable[[MutableMapping[str, Any]], T | None]) -> T | None:
+    """Removes one kind of advice from the message's config; what cannot be read is none."""
+    found: T | None = None
     for record in message.content.config_records.values() if message.has_content() else ():
-        try:
-            found = found or kind.take(record)
-        except RecordError as error:
-            log(WARNING, "fl_privacy: %s", error)
+        found = found or readable(take, record)
     return found
 
 

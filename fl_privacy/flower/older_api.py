@@ -1,17 +1,19 @@
 """Flower's older API (`NumPyClient`, `Client`, `flwr.server.strategy`): the same reports, carried where they fit there.
 
-A `FitIns` has a config and unnamed arrays, a `FitRes` has metrics and no records of one's own. So the server's request
-and the arrays' names travel in the config, and the report's entries in the metrics, each under a prefix.
+A `FitIns` has a config and unnamed arrays, a `FitRes` has metrics and no records of one's own. So the server's request,
+its advice and the arrays' names travel in the config, and the report's entries in the metrics, each under a prefix.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from logging import WARNING
 from typing import Any
 
 import numpy as np
-from flwr.app import ConfigRecord, Context
+from flwr.app import Array as FlowerArray
+from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.client import Client, NumPyClient
 from flwr.common import (
     EvaluateIns,
@@ -23,6 +25,7 @@ from flwr.common import (
     GetPropertiesIns,
     GetPropertiesRes,
     Parameters,
+    ndarrays_to_parameters,
     parameters_to_ndarrays,
 )
 from flwr.compat.client.client import (
@@ -31,11 +34,14 @@ from flwr.compat.client.client import (
     maybe_call_get_parameters,
     maybe_call_get_properties,
 )
+from flwr.supercore import log
 
 from fl_privacy.audit.task import Array
 from fl_privacy.errors import RecordError
+from fl_privacy.flower.advice import Advice, readable
+from fl_privacy.flower.protection import InputAdvice
 from fl_privacy.flower.records import REPORT_KEY
-from fl_privacy.flower.reporter import Describe, NewModel, Reporter
+from fl_privacy.flower.reporter import Describe, NewModel, Reporter, Watch
 from fl_privacy.flower.request import Request
 from fl_privacy.influence.update import Loss
 
@@ -57,11 +63,14 @@ def take_report(metrics: MutableMapping[str, Any]) -> ConfigRecord | None:
 
 
 class AuditedClient(Client):
-    """Wraps a client of the older API and adds a report to what it shares, as `InversionAuditMod` does.
+    """Wraps a client of the older API: follows advice and adds a report to what it shares, as `InversionAuditMod` does.
 
     In `client_fn`: `return AuditedClient(FlowerClient(...), context, model=Net, loss=torch.nn.CrossEntropyLoss())`.
     It is the innermost of everything: mods that protect the update are outside of it, and an audit on the client does
     not credit them. Under SecAgg+ it still audits the client's own update, which nobody else gets to see.
+
+    Noise that the server advises is put on the parameters that the client's `fit` returns; noise on inputs, where
+    `fit` calls `protected_inputs`, is kept in the context's state. `follow_advice=False` goes without either.
 
     Args:
         client: The client to wrap.
@@ -70,6 +79,7 @@ class AuditedClient(Client):
         model: As there.
         loss: As there.
         defence: As there.
+        noise_seed: As there, but of (instructions, context).
 
     Raises:
         InvalidInputError: Only one of model and loss is given, or an option is unknown.
@@ -83,30 +93,38 @@ class AuditedClient(Client):
         model: NewModel | None = None,
         loss: Loss | None = None,
         defence: Describe = "",
+        noise_seed: Callable[[FitIns, Context], int] | None = None,
         **options: Any,
     ) -> None:
         self.client = client.to_client()
         self._context = context
+        self._noise_seed = noise_seed
         self._reporter = Reporter(model=model, loss=loss, defence=defence, arguments=options)
 
     def fit(self, ins: FitIns) -> FitRes:
-        """Runs the client's own `fit`, and adds a report to its metrics if the server asked for one."""
+        """Runs the client's own `fit`, follows advice, and adds a report to its metrics if the server asked for one."""
         config = dict(ins.config)
         request, names = Request.take(config), config.pop(NAMES_KEY, None)
+        advice, input_advice = readable(Advice.take, config), readable(InputAdvice.take, config)
         if request is None:
             return maybe_call_fit(self.client, FitIns(ins.parameters, config))
         sent = _named(ins.parameters, names)
         watch = self._reporter.watch(request, self._context, sent)
-        with watch.active():
+        seed = None if self._noise_seed is None else self._noise_seed(ins, self._context)
+        generator = np.random.default_rng(seed)
+        with watch.active(), watch.protecting(input_advice, generator):
             result = maybe_call_fit(self.client, FitIns(ins.parameters, config))
+        parameters = result.parameters
+        if advice is not None:
+            parameters = _followed(watch, advice, parameters, list(sent), generator)
 
         def shared(trained: Sequence[str]) -> Mapping[str, Array]:
-            after = dict(zip(sent, parameters_to_ndarrays(result.parameters), strict=True))
+            after = dict(zip(sent, parameters_to_ndarrays(parameters), strict=True))
             return {name: np.subtract(after[name], sent[name], dtype=sent[name].dtype) for name in trained}
 
         metrics = dict(result.metrics or {})
         put_report(watch.record(shared), metrics)
-        return FitRes(result.status, result.parameters, result.num_examples, metrics)
+        return FitRes(result.status, parameters, result.num_examples, metrics)
 
     def evaluate(self, ins: EvaluateIns) -> EvaluateRes:
         """Returns the client's own evaluation."""
@@ -119,6 +137,20 @@ class AuditedClient(Client):
     def get_properties(self, ins: GetPropertiesIns) -> GetPropertiesRes:
         """Returns the client's own properties."""
         return maybe_call_get_properties(self.client, ins)
+
+
+def _followed(
+    watch: Watch, advice: Advice, parameters: Parameters, names: Sequence[str], generator: np.random.Generator
+) -> Parameters:
+    """Returns parameters with the advised noise on them; as they are where they are not the arrays that were sent."""
+    try:
+        arrays = dict(zip(names, parameters_to_ndarrays(parameters), strict=True))
+    except ValueError as error:
+        log(WARNING, "fl_privacy: the advised noise could not be put on the update: %s", error)
+        return parameters
+    record = ArrayRecord({name: FlowerArray(array) for name, array in arrays.items()})
+    followed = watch.follow(advice, record, generator)
+    return parameters if followed is record else ndarrays_to_parameters([a.numpy() for a in followed.values()])
 
 
 def _named(parameters: Parameters, names: Any) -> dict[str, Array]:

@@ -63,7 +63,7 @@ class Reporter:
         unknown = set(arguments) - {*CONSENTS, *VETOES, *LIMITS}
         if unknown:
             raise InvalidInputError(
-                f"expected options among {', '.join((*CONSENTS, *LIMITS))}, got {', '.join(unknown)}"
+                f"expected options among {', '.join((*CONSENTS, *VETOES, *LIMITS))}, got {', '.join(unknown)}"
             )
         self._model = model
         self._loss = loss
@@ -94,7 +94,7 @@ class Reporter:
         if request.kind != ESTIMATE:
             return f"the server asks for {request.kind[:80]!r}, which this release does not know"
         if self._model is None:
-            return "no audit on this client: its app gives InversionAuditMod no model and loss"
+            return "no audit on this client: its app gives it no model and loss"
         return options.refusal("send_estimates", "estimates are not sent")
 
     def _describe(self, context: Context) -> tuple[str, Defence | None]:

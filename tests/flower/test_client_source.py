@@ -361,7 +361,7 @@ class TestTheServersSide:
         assert row_of(strategy).status is Status.UNPROTECTED
         row = row_of(strategy, GOOD[0])
         assert row.status is Status.REFUSED
-        assert row.detail == "no audit on this client: its app gives InversionAuditMod no model and loss"
+        assert row.detail == "no audit on this client: its app gives it no model and loss"
 
     def test_a_source_that_nobody_knows(self):
         with pytest.raises(InvalidInputError, match="source to be one of trusted, client"):

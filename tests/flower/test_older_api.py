@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -17,15 +18,22 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg
 from torch import nn
 
-from fl_privacy.audit import AuditSettings, Ledger, PublicExamples, Source, Status
+from fl_privacy.audit import AuditSettings, Ledger, Policy, PublicExamples, Source, Status
 from fl_privacy.errors import InvalidInputError
-from fl_privacy.flower import AuditedClient
+from fl_privacy.flower import AuditedClient, protected_inputs, record_batches
+from fl_privacy.flower.advice import ADVICE_KEY, Advice
+from fl_privacy.flower.older_api import NAMES_KEY, take_report
+from fl_privacy.flower.protection import KeptNoise
+from fl_privacy.flower.records import REQUEST_KEY, decode_report
+from fl_privacy.flower.request import Request
 from fl_privacy.strategies import OlderInversionAudit
 
-from .cases import batches_of, new_context, new_model, sgd
+from .cases import LR, batches_of, new_context, new_model, step
+from .test_policies import PARAMETERS, assert_noise, flat
 
 TESTS = Path(__file__).parents[1]
-SETTINGS = AuditSettings(max_examples=2, prior_std=1.0, data_range=4.0)
+TARGET = 0.4
+SETTINGS = AuditSettings(max_examples=2, prior_std=1.0, data_range=4.0, target_leakage=TARGET)
 NODES = (11, 12, 13)
 
 
@@ -40,7 +48,9 @@ class Trainer(NumPyClient):
         model = new_model(batch_norm=self.batch_norm)
         arrays = dict(zip(model.state_dict(), map(torch.from_numpy, parameters), strict=True))
         model.load_state_dict(arrays)
-        sgd(model, batches_of(self.client))
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        for inputs, labels in record_batches(batches_of(self.client)):
+            step(model, optimizer, (protected_inputs(model, inputs, labels), labels))
         return [value.numpy() for value in model.state_dict().values()], 4, {"loss": 1.0}
 
     def evaluate(self, parameters, config):
@@ -223,7 +233,146 @@ def averaged(results):
     return results
 
 
+def advised(clients, policy, *, rounds=2, edit=lambda results: results, **options):
+    """Returns the strategy after some rounds, and by round the arrays that were sent and each client's result."""
+    proxies = [Proxy(node, client) for node, client in zip(NODES, clients, strict=True)]
+    defaults = {"ledger": None, "show": False, "settings": SETTINGS, "policy": policy}
+    strategy = OlderInversionAudit(
+        Chosen(proxies), model=new_model(), loss=nn.CrossEntropyLoss(), **{**defaults, **options}
+    )
+    parameters = ndarrays_to_parameters([value.numpy() for value in new_model().state_dict().values()])
+    seen = {}
+    for server_round in range(1, rounds + 1):
+        asked = strategy.configure_fit(server_round, parameters, None)
+        results = [(proxy, proxy.fit(ins, None, None)) for proxy, ins in asked]
+        seen[server_round] = parameters, {int(proxy.cid): result.parameters for proxy, result in results}
+        parameters, _ = strategy.aggregate_fit(server_round, edit(results), [])
+    return strategy, seen
+
+
+def rows_of(strategy, node):
+    return [row for row in strategy.audit.estimates if row.node_id == node]
+
+
+def change(sent, shared):
+    """A client's update, of the trained parameters in one vector."""
+    pairs = zip(parameters_to_ndarrays(shared), parameters_to_ndarrays(sent), strict=True)
+    return flat(dict(zip(new_model().state_dict(), (a - b for a, b in pairs), strict=True)))
+
+
+def undefended(node, sent):
+    return change(sent, Proxy(node, Trainer(node)).fit(FitIns(sent, {}), None, None).parameters)
+
+
+class TestAdvice:
+    @pytest.mark.parametrize(("source", "client"), [("trusted", audited), ("client", own)])
+    def test_clients_put_the_advised_noise_on_what_they_share_from_the_second_round(self, source, client):
+        clients = [client(node, noise_seed=lambda _ins, context: context.node_id) for node in NODES]
+        strategy, seen = advised(clients, "advise", source=source)
+        for node in NODES:
+            first, second = rows_of(strategy, node)
+            assert (first.advised_noise_std, first.applied_noise_std) == (None, None)
+            assert second.advised_noise_std == pytest.approx(1.25 * first.required_noise_std)
+            assert second.applied_noise_std == second.advised_noise_std
+            assert (second.status, second.detail) == (Status.AUDITED, "")
+            assert second.leakage.value < first.leakage.value / 1.5
+            sent, shared = seen[2][0], seen[2][1][node]
+            emitted = change(sent, shared) - undefended(node, sent)
+            assert_noise(emitted, second.applied_noise_std)
+            np.testing.assert_allclose(change(seen[1][0], seen[1][1][node]), undefended(node, seen[1][0]), atol=1e-7)
+        for proxy in strategy.strategy.proxies:  # neither the app nor its metrics see any of it
+            assert proxy.client.client.numpy_client.config == {"lr": 0.1}
+
+    @pytest.mark.parametrize(("source", "client"), [("trusted", audited), ("client", own)])
+    def test_clients_whose_training_asks_train_on_x_plus_a_and_keep_a(self, source, client):
+        clients = [client(node) for node in NODES]
+        strategy, seen = advised(clients, Policy(action="advise", family="shaped"), source=source)
+        for node, audited_client in zip(NODES, clients, strict=True):
+            kept = KeptNoise.read(audited_client._context.state)
+            assert len(kept.draws) == 4
+            for server_round, row in enumerate(rows_of(strategy, node), start=1):
+                assert row.advised_input_leakage == TARGET
+                assert (row.input_noise, row.input_noise_kept, row.detail) == ("client", True, "")
+                assert row.leakage.upper == pytest.approx(row.input_noise_leakage, rel=2e-3)  # told to three digits
+                assert 0.9 * TARGET < row.leakage.upper < TARGET * 1.01
+                sent, shared = seen[server_round][0], seen[server_round][1][node]
+                moved = np.linalg.norm(change(sent, shared) - undefended(node, sent))
+                assert row.input_noise_change == pytest.approx(moved, rel=0.01)
+
+    def test_a_floor_is_clipped_to_and_accounted(self):
+        policy = Policy(action="advise", clip_norm=0.05, noise_multiplier=1.0)
+        strategy, seen = advised([audited(node) for node in NODES], policy)
+        for node in NODES:
+            rows = rows_of(strategy, node)
+            assert [row.applied_noise_std for row in rows] == [policy.floor_std] * 2
+            assert 0 < rows[0].epsilon < rows[1].epsilon < np.inf
+            sent, shared = seen[1][0], seen[1][1][node]
+            clipped = undefended(node, sent)
+            clipped *= 0.05 / np.linalg.norm(clipped)
+            assert_noise(change(sent, shared) - clipped, policy.floor_std)
+
+    def test_a_client_that_says_no_shares_as_before_and_its_row_says_so(self):
+        clients = [audited(NODES[0], follow_advice=False), *(audited(node) for node in NODES[1:])]
+        strategy, seen = advised(clients, "advise")
+        _, second = rows_of(strategy, NODES[0])
+        assert second.applied_noise_std is None
+        assert second.advised_noise_std > 0
+        assert second.detail == "the client did not put the advised noise on its update"
+        sent, shared = seen[2][0], seen[2][1][NODES[0]]
+        np.testing.assert_allclose(change(sent, shared), undefended(NODES[0], sent), atol=1e-7)
+
+    @pytest.mark.parametrize("written", ["{", '{"noise_std": 1}'])
+    def test_advice_that_cannot_be_read_costs_neither_training_nor_report(self, written):
+        sent = ndarrays_to_parameters([value.numpy() for value in new_model().state_dict().values()])
+        config = {REQUEST_KEY: "batches", ADVICE_KEY: written, NAMES_KEY: "[]"}
+        result = audited(NODES[0]).fit(FitIns(sent, config))
+        assert result.status.code == Code.OK
+        assert any("report" in key for key in result.metrics)
+        np.testing.assert_allclose(change(sent, result.parameters), undefended(NODES[0], sent), atol=1e-7)
+
+    def test_a_client_that_returns_other_arrays_than_it_was_sent_ends_no_round(self):
+        class Short(Trainer):
+            def fit(self, parameters, config):
+                arrays, *rest = super().fit(parameters, config)
+                return arrays[:2], *rest
+
+        short = AuditedClient(Short(NODES[0]), new_context(NODES[0]), hand_over_batches=True)
+        policy = Policy(action="advise", clip_norm=0.05, noise_multiplier=1.0)
+        strategy, _ = advised([short, *(audited(node) for node in NODES[1:])], policy)
+        assert {row.status for row in rows_of(strategy, NODES[0])} == {Status.INVALID_UPDATE}
+        assert {row.status for row in rows_of(strategy, NODES[1])} == {Status.AUDITED}
+
+
 class TestSecureAggregation:
+    def test_clients_that_audit_themselves_follow_advice_before_anything_is_averaged(self):
+        clients = [own(node, noise_seed=lambda _ins, context: context.node_id) for node in NODES]
+        strategy, seen = advised(clients, "advise", edit=averaged, source="client")
+        for node in NODES:
+            first, second = rows_of(strategy, node)
+            assert second.applied_noise_std == pytest.approx(1.25 * first.required_noise_std)
+            assert second.detail == "aggregate only: what the client audited never arrived but as part of a mean"
+            sent, shared = seen[2][0], seen[2][1][node]
+            assert_noise(change(sent, shared) - undefended(node, sent), second.applied_noise_std)
+
+    def test_arrays_that_arrive_as_float64_which_secagg_makes_of_them_are_told_apart(self):
+        sent = [value.numpy().astype(np.float64) / 3 for value in new_model().state_dict().values()]
+        client = own(NODES[0])
+        advice = Advice(noise_std=0.03, target_leakage=TARGET, parameters=PARAMETERS)
+        config = {**Request.for_estimate(SETTINGS).entries(), **advice.entries(), NAMES_KEY: json.dumps(PARAMETERS)}
+        report = take_report(client.fit(FitIns(ndarrays_to_parameters(sent), config)).metrics)
+        estimate = decode_report(report, max_bytes=1 << 20).estimate
+        assert (estimate.status, estimate.verified) == (Status.AUDITED, True)
+        assert estimate.noise_std == pytest.approx(0.03, rel=0.5)
+
+    @pytest.mark.parametrize("action", ["perturb", "exclude"])
+    def test_what_a_server_would_do_to_an_update_it_cannot_do_to_a_mean_and_says_so(self, action):
+        strategy, (parameters, _) = run([own(node) for node in NODES], edit=averaged, source="client", policy=action)
+        for row in strategy.audit.estimates:
+            assert row.action == "passed"
+            assert row.detail.endswith(f"the policy ({action}) was not applied: no client's own update arrived")
+        for ours, theirs in zip(parameters_to_ndarrays(parameters), plain(NODES), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+
     def test_a_server_that_asks_for_batches_says_that_there_is_only_an_aggregate(self):
         strategy, (parameters, _) = run([audited(node) for node in NODES], edit=averaged)
         for row in strategy.audit.estimates:
@@ -239,8 +388,8 @@ class TestSecureAggregation:
             assert row.leakage.value > 0.9
 
 
-def test_a_whole_run_under_secagg(tmp_path):
-    """`FedAvg` and `NumPyClient` in Flower's simulation engine, with SecAgg+'s own workflow and mod."""
+def simulated(tmp_path, kind):
+    """The rows of runs in Flower's simulation engine, with `FedAvg` and `NumPyClient`, by name of the run."""
     ledger = tmp_path / "ledger.db"
     environment = {
         **os.environ,
@@ -249,14 +398,47 @@ def test_a_whole_run_under_secagg(tmp_path):
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ADDRESS": "local",  # not a cluster that somebody else runs on this machine
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "flower.older_simulated", str(ledger), "secure"]
+    command = [sys.executable, "-m", "flower.older_simulated", str(ledger), kind]
     finished = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=250)
     assert finished.returncode == 0, finished.stderr[-4000:]
+    runs: dict[str, list] = {}
     with Ledger.open(ledger) as opened:
         assert opened.verify().ok
-        rows = [entry.estimate for entry in opened.rows()]
-    assert sorted((row.server_round, row.client) for row in rows) == [(r, str(c)) for r in (1, 2) for c in range(3)]
+        for entry in opened.rows():
+            runs.setdefault(entry.run_id, []).append(entry.estimate)
+    for rows in runs.values():
+        assert sorted((row.server_round, row.client) for row in rows) == [(r, str(c)) for r in (1, 2) for c in range(3)]
+    return runs
+
+
+def test_a_whole_run_under_secagg(tmp_path):
+    """SecAgg+'s own workflow and mod, with clients that audit themselves and put noise on what is then averaged."""
+    (rows,) = simulated(tmp_path, "secure").values()
     assert {(row.status, row.source, row.action) for row in rows} == {(Status.AUDITED, Source.CLIENT, "passed")}
     assert all(row.detail.startswith("aggregate only") for row in rows)
+    for row in rows:
+        assert row.applied_noise_std == row.advised_noise_std
+        assert (row.applied_noise_std is None) == (row.server_round == 1)
+
+
+def test_whole_runs_in_which_clients_follow_advice(tmp_path):
+    runs = simulated(tmp_path, "advised")
+    for row in runs["isotropic"]:
+        assert (row.status, row.detail) == (Status.AUDITED, "")
+        assert row.applied_noise_std == row.advised_noise_std
+        if row.server_round == 1:
+            assert row.applied_noise_std is None
+            assert row.leakage.lower > 0.9
+        else:  # the server's own replay finds that much noise on the update
+            assert row.noise_std == pytest.approx(row.applied_noise_std, rel=0.3)
+            assert row.leakage.upper < 0.7
+    for row in runs["shaped"]:
+        assert (row.status, row.detail, row.input_noise, row.applied_noise_std) == (Status.AUDITED, "", "client", None)
+        assert row.advised_input_leakage == TARGET
+        assert 0.9 * TARGET < row.leakage.upper <= TARGET * (1 + 1e-6)
+    rms = {(row.client, row.server_round): row.input_noise_rms for row in runs["shaped"]}
+    for client in ("0", "1", "2"):  # kept in the client's own state, from round to round
+        assert rms[client, 2] == pytest.approx(rms[client, 1], rel=1e-6)
