@@ -272,13 +272,16 @@ class TestSummaryTable:
             "passed_leakage": 0.2,
             "applied_noise_std": 0.0125,
         }
-        row = replace(audited(2, "a-client-of-22-letters", 0.93), action="perturbed", **told)
+        row = replace(audited(2, "client-7", 0.93), action="perturbed", **told)
         lines = rendered(summary_table([row]))
         assert max(map(len, lines)) <= 120
-        assert all("\n".join(lines).count(heading) == 1 for heading in ("together", "passed on,"))
-        assert "≤ 1.00 0.00963 0.0125 ≤ 0.20 ≤ 0.36 audited" in " ".join(lines[-1].split())
+        assert all("\n".join(lines).count(heading) == 1 for heading in ("in all", "last, all"))
+        assert (
+            "client-7 1 0.93 [0.91, 0.95] 2 0.93 [0.91, 0.95] ≤ 1.00 0.00642 0.0125 ≤ 0.20, 0.36 audited 1"
+            in " ".join(lines[-1].split())
+        )
         alone = rendered(summary_table([replace(audited(2, "9", 0.5), rounds_leakage=told["rounds_leakage"])]))
-        assert not any("passed on," in line for line in alone)
+        assert not any("last, all" in line for line in alone)
 
     def test_an_unknown_leakage_is_the_worst(self) -> None:
         rows = [audited(1, "9", 0.5), audited(2, "9", math.nan), audited(3, "9", 0.9)]

@@ -88,21 +88,18 @@ def summary_table(estimates: Iterable[LeakageEstimate], *, title: str | None = N
     table.add_column("client", overflow="fold", max_width=22)
     table.add_column("rounds", justify="right", no_wrap=True)
     table.add_column("worst leakage", justify="right", no_wrap=True)
-    table.add_column("in round", justify="right", no_wrap=True)
+    table.add_column("in\nround", justify="right", no_wrap=True)
     table.add_column("last leakage", justify="right", no_wrap=True)
     together = any(history.last and history.last.rounds_leakage for _, history in histories)
     if together:
-        table.add_column("all rounds\ntogether", justify="right", no_wrap=True)
+        table.add_column("in all\nrounds", justify="right", no_wrap=True)
     table.add_column(
         _noise_heading([history.neediest for _, history in histories if history.neediest]),
         justify="right",
         no_wrap=True,
     )
-    acted = _Acted([history.last for _, history in histories if history.last])
+    acted = _Acted([history.last for _, history in histories if history.last], together=together)
     acted.add_columns(table)
-    passed = together and acted.passed
-    if passed:
-        table.add_column("passed on,\nall rounds", justify="right", no_wrap=True)
     private = [history.last.delta for _, history in histories if history.last and history.last.delta is not None]
     if private:
         table.add_column(f"ε (δ {private[0]:g})", justify="right", no_wrap=True)
@@ -116,11 +113,10 @@ def summary_table(estimates: Iterable[LeakageEstimate], *, title: str | None = N
             _leakage_cell(worst),
             str(worst.server_round) if worst else ABSENT,
             _leakage_cell(last),
-            *([_together_cell(last.rounds_leakage if last else None)] if together else []),
+            *([_together_cell(last)] if together else []),
             about_text(history.neediest)
             + number_text(history.neediest.required_noise_std if history.neediest else None),
             *acted.cells(last),
-            *([_together_cell(last.rounds_passed_leakage if last else None)] if passed else []),
             *([number_text(last.epsilon if last else None)] if private else []),
             Text(statuses, style="" if all(status.has_estimate for status in history.statuses) else "yellow"),
         )
@@ -157,23 +153,34 @@ class _Acted:
 
     Args:
         rows: All rows of the table.
+        together: Whether to say beside what was passed on in a round what all rounds so far tell together.
     """
 
-    def __init__(self, rows: Sequence[LeakageEstimate]) -> None:
+    def __init__(self, rows: Sequence[LeakageEstimate], *, together: bool = False) -> None:
         self._noise = any(row.applied_noise_std is not None for row in rows)
-        self.passed = any(row.action == "perturbed" for row in rows)
+        self._passed = any(row.action == "perturbed" for row in rows)
+        self._together = together
 
     def add_columns(self, table: Table) -> None:
         if self._noise:
             table.add_column("noise\nput on", justify="right", no_wrap=True)
-        if self.passed:
-            table.add_column("leakage\npassed on", justify="right", no_wrap=True)
+        if self._passed:
+            heading = "passed on:\nlast, all" if self._together else "leakage\npassed on"
+            table.add_column(heading, justify="right", no_wrap=True)
 
     def cells(self, row: LeakageEstimate | None) -> list[str]:
         cells = [number_text(row.applied_noise_std if row else None)] if self._noise else []
-        passed = row.passed_leakage if row else None
-        limit = ABSENT if passed is None else f"≤ {math.ceil(100 * passed) / 100:.2f}"
-        return [*cells, limit] if self.passed else cells
+        if not self._passed:
+            return cells
+        limit = ABSENT if row is None or row.passed_leakage is None else f"≤ {_hundredths(row.passed_leakage)}"
+        if self._together and row is not None and row.rounds_passed_leakage is not None:
+            limit += f", {_hundredths(row.rounds_passed_leakage.upper)}"
+        return [*cells, limit]
+
+
+def _hundredths(leakage: float) -> str:
+    """Returns an upper end, rounded up."""
+    return f"{math.ceil(100 * min(1.0, leakage)) / 100:.2f}"
 
 
 def _table(title: str | None) -> Table:
@@ -207,7 +214,8 @@ def _leakage_cell(row: LeakageEstimate | None) -> Text:
     return Text(about_text(row) + leakage_text(interval), style=_leakage_style(interval))
 
 
-def _together_cell(interval: Interval[float] | None) -> Text:
+def _together_cell(row: LeakageEstimate | None) -> Text:
+    interval = None if row is None else row.rounds_leakage
     return Text(at_most_text(interval), style=_leakage_style(interval))
 
 
