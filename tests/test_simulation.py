@@ -85,6 +85,11 @@ class TestSettings:
             ),
             ({"defence": "dp"}, "defence must be one of mixed, none, local-dp, prune, got 'dp'"),
             ({"audit-unit": "client"}, "audit-unit must be one of example, batch"),
+            (
+                {"audit-noise-family": "public"},
+                "audit-noise-family must be one of isotropic, shaped, white, auto, got 'public'",
+            ),
+            ({"audit-shares": 0}, "audit-shares must be at least 1, got 0"),
             ({"audit-on-failure": "stop"}, "audit-on-failure must be one of continue, exclude"),
             ({"local-steps": 0}, "local-steps must be at least 1, got 0"),
             ({"learning-rate": -0.1}, "learning-rate must be positive, got -0.1"),
@@ -223,6 +228,78 @@ class TestDefences:
         np.testing.assert_array_equal(shared_arrays(reply)["w"], [1, 2, 3])
         told = [defences.describe_defence(context_of(client)) for client in range(3)]
         assert told == ["none", "local-dp 0.015", "prune 90%"]
+
+
+class TestNoiseFamily:
+    @pytest.mark.parametrize(
+        ("name", "family", "covariance"),
+        [
+            ("isotropic", "isotropic", "client"),
+            ("shaped", "shaped", "client"),
+            ("white", "shaped", "white"),
+            ("auto", "auto", "client"),
+        ],
+    )
+    def test_a_name_stands_for_a_policy_that_keeps_noise_on_inputs(self, name, family, covariance):
+        from vision.server_app import new_policy
+
+        policy = new_policy(settings_with(audit_noise_family=name, audit_shares=3))
+        assert (policy.action, policy.family, policy.covariance) == ("advise", family, covariance)
+        assert (policy.kept, policy.shares, policy.seed) == (True, 3, 1)
+
+    def test_the_server_does_not_choose_a_family(self):
+        from vision.server_app import new_policy
+
+        with pytest.raises(ValueError, match="expected family isotropic or shaped for the action perturb, got auto"):
+            new_policy(settings_with(audit_policy="perturb", audit_noise_family="auto"))
+
+    @pytest.mark.parametrize("covariance", ["client", "white"])
+    def test_a_client_trains_on_inputs_with_the_noise_that_is_advised_and_keeps_it(self, covariance):
+        from fl_privacy.flower.protection import InputAdvice
+        from fl_privacy.flower.records import BATCHES, REPORT_KEY, REQUEST_KEY, decode_report
+        from vision.client_app import app
+
+        context = context_of(0, local_steps=2, batch_size=64, num_clients=100)  # all of the client's few in every step
+        settings = Settings.from_run_config(context.run_config)
+        data = task.load_data(settings)
+        noises = {}
+        for server_round in (1, 2):
+            model = task.new_model(settings, data)
+            message = train_message(model.state_dict(), server_round=server_round)
+            advice = InputAdvice(target_leakage=0.2, covariance=covariance, prior_std=0.38).entries()
+            message.content["config"] = ConfigRecord({**message.content["config"], REQUEST_KEY: BATCHES, **advice})
+            reply = app(message, context)
+            shared = shared_arrays(reply)
+            report = decode_report(reply.content[REPORT_KEY], max_bytes=1 << 30)
+            shift = report.shift
+            assert (shift.covariance, shift.kept) == (covariance, True)
+            assert (shift.leakage <= 0.2 * (1 + 1e-6)).all()
+            assert shift.rms > 0.5  # at least τ√(1/0.2 − 1), for white noise
+            # What is shared is what training on x + a gives, within the pixels' range.
+            given = np.clip(report.inputs + shift.noise, 0, 1)
+            assert np.abs(given - report.inputs).mean() > 0.1
+            batches = [tuple(torch.from_numpy(part[list(batch)]) for part in (given, report.labels))
+                       for batch in report.trace.batches]  # fmt: skip
+            training.train(model, batches, learning_rate=settings.learning_rate, momentum=settings.momentum)
+            for name, array in model.state_dict().items():
+                np.testing.assert_allclose(shared[name], array.numpy(), atol=1e-5)
+            for example, noise in zip(report.inputs, shift.noise, strict=True):
+                np.testing.assert_array_equal(noises.setdefault(example.tobytes(), noise), noise)
+        assert len(noises) == len(task.partition_indices(settings, 0))
+
+    def test_without_advice_it_trains_on_what_it_has(self):
+        examples = load_dataset("digits").train
+        batches = list(training.draw_batches(examples, torch.arange(8), steps=2, batch_size=4, seed=0))
+        settings = settings_with()
+        model, plain = (task.new_model(settings, task.load_data(settings)) for _ in range(2))
+        training.train(model, batches, learning_rate=0.1, momentum=0.5)
+        optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.5)
+        for images, labels in batches:
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(plain(images), labels).backward()
+            optimizer.step()
+        for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
 
 
 class TestLauncher:

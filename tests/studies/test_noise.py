@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from fl_privacy.cli import app
 from fl_privacy.studies.noise import NoiseRow
-from fl_privacy.studies.noise_accuracy import ARMS, AccuracyRow
+from fl_privacy.studies.noise_accuracy import ARMS, AccuracyRow, _meeting
 from fl_privacy.studies.results import read_rows
 
 
@@ -69,6 +69,39 @@ def test_accuracy_at_equal_total_leakage(tmp_path: Path) -> None:
     assert by_cell[32, 0.5, "isotropic"].accuracy > clean - 0.15
     assert math.isnan(by_cell[1, 0.1, "pruning"].accuracy)  # 10 rounds of one entry are more than 6 numbers
     assert by_cell[1, 0.1, "isotropic"].accuracy <= by_cell[1, 0.1, "shaped kept"].accuracy
+
+
+def test_a_run_that_meets_a_lower_target_meets_a_higher_one_and_of_each_seed_the_best_counts() -> None:
+    def row(seed: int, target: float, accuracy: float, leakage: float) -> AccuracyRow:
+        return AccuracyRow(
+            batch_size=1,
+            num_rounds=10,
+            target=target,
+            arm="isotropic",
+            seed=seed,
+            accuracy=accuracy,
+            leakage=leakage,
+            strength=1.0,
+            relative_noise=1.0,
+        )
+
+    rows = [row(0, 0.5, 0.1, 0.49), row(0, 0.3, 0.7, 0.3), row(1, 0.5, 0.8, 0.5), row(1, 0.3, 0.9, 0.4)]
+    assert [met.accuracy for met in _meeting(rows, 0.5)] == [0.7, 0.9]
+    assert _meeting(rows, 0.3) == ()  # the second seed has no run that does
+
+
+def test_the_summary_and_the_figure_go_from_the_highest_target_down(tmp_path: Path) -> None:
+    lines = {}
+    for targets in ("0.1,0.5", "0.5,0.1"):
+        folder = tmp_path / targets
+        run(
+            "noise-accuracy",
+            *("--num-examples", "32", "--batch-sizes", "32", "--rounds", "2", "--targets", targets),
+            *("--num-seeds", "1", "--num-audited", "1", "--checkpoints", "2", "--num-public", "2", "-o", str(folder)),
+        )
+        lines[targets] = [line.split("|")[3].strip() for line in (folder / "summary.md").read_text().splitlines()[2:4]]
+        assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert lines == {key: ["0.5", "0.1"] for key in lines}
 
 
 @pytest.mark.parametrize("study", ["noise", "noise-accuracy"])

@@ -15,7 +15,7 @@ from flwr.supercore import log
 from torch import nn
 
 from fl_privacy.audit import AuditSettings, Executor, RayExecutor, SerialExecutor
-from fl_privacy.audit.policy import Policy, PolicyAction
+from fl_privacy.audit.policy import FamilyChoice, Policy, PolicyAction
 from fl_privacy.audit.settings import Unit
 from fl_privacy.monitoring import RoundCallback, TensorBoardCallback
 from fl_privacy.reference import ImageData
@@ -54,9 +54,7 @@ def main(grid: Grid, context: Context) -> None:
             prior_std=settings.audit_prior_std or None,
             seed=settings.seed,
         ),
-        policy=Policy(
-            action=cast(PolicyAction, settings.audit_policy), dry_run=settings.audit_dry_run, seed=settings.seed
-        ),
+        policy=new_policy(settings),
         executor=new_executor(settings),
         ledger=settings.ledger,
         on_audit_failure=cast(OnAuditFailure, settings.audit_on_failure),
@@ -75,6 +73,19 @@ def main(grid: Grid, context: Context) -> None:
     log(INFO, "Test accuracy, before training and after each round: %s", " → ".join(accuracies_of(result)))
     if reference:
         log(INFO, "The same federation without audit and policy:        %s", " → ".join(reference))
+
+
+def new_policy(settings: Settings) -> Policy:
+    """Returns what follows from a leakage."""
+    white = settings.audit_noise_family == "white"
+    return Policy(
+        action=cast(PolicyAction, settings.audit_policy),
+        family="shaped" if white else cast(FamilyChoice, settings.audit_noise_family),
+        covariance="white" if white else "client",
+        shares=settings.audit_shares,
+        dry_run=settings.audit_dry_run,
+        seed=settings.seed,
+    )
 
 
 def new_picture(settings: Settings, data: ImageData) -> WorstClientPicture | None:

@@ -41,6 +41,8 @@ class Settings:
     audit_unit: str
     audit_target_leakage: float
     audit_policy: str
+    audit_noise_family: str
+    audit_shares: int
     audit_dry_run: bool
     audit_max_examples: int
     audit_prior_std: float
@@ -60,11 +62,12 @@ class Settings:
             "defence": ("mixed", *DEFENCES),
             "audit_unit": ("example", "batch"),
             "audit_policy": ("report", "advise", "perturb", "exclude"),
+            "audit_noise_family": ("isotropic", "shaped", "white", "auto"),
             "audit_on_failure": ("continue", "exclude"),
         }
         for name, valid in choices.items():
             self._require(name, getattr(self, name) in valid, f"one of {', '.join(valid)}")
-        for name in ("image_size", "num_clients", "num_server_rounds", "local_steps", "batch_size"):
+        for name in ("image_size", "num_clients", "num_server_rounds", "local_steps", "batch_size", "audit_shares"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("dirichlet_alpha", "learning_rate", "dp_clipping_norm", "dp_noise_multiplier", "audit_time_limit"):
             self._require(name, getattr(self, name) > 0, "positive")

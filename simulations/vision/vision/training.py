@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from fl_privacy.flower import protected_inputs
 from fl_privacy.reference import ImageSet
 
 EVALUATION_BATCH = 512
@@ -33,15 +34,20 @@ def draw_batches(
 def train(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, learning_rate: float, momentum: float
 ) -> float:
-    """Trains the model in place, one SGD step on each batch, and returns the mean loss over them."""
+    """Trains the model in place, one SGD step on each batch, and returns the mean loss over them.
+
+    Where the audit advises noise on the inputs, it trains on those.
+    """
     device = next(model.parameters()).device
     loss_of = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=momentum)
     model.train()
     losses: list[float] = []
-    for images, labels in batches:
+    for batch in batches:
+        images, labels = (part.to(device) for part in batch)
+        images = protected_inputs(model, images, labels, bounds=(0.0, 1.0))
         optimizer.zero_grad()
-        loss = loss_of(model(images.to(device)), labels.to(device))
+        loss = loss_of(model(images), labels)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
