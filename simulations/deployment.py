@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from credentials import Credentials, create_credentials
@@ -31,17 +30,78 @@ GRACE_SECONDS = 10.0
 COMPLETED = "finished:completed"
 
 
-@dataclass(frozen=True)
 class Deployment:
-    """A running deployment.
+    """A SuperLink and its SuperNodes. The SuperLink's state is in a file, so that it can be started again.
 
     Attributes:
         link: Its SuperLink.
-        nodes: The processes of its SuperNodes.
+        superlink: The SuperLink's process, once it was started.
+        nodes: The processes of its SuperNodes, as many as were started.
     """
 
-    link: SuperLink
-    nodes: tuple[subprocess.Popen[bytes], ...]
+    def __init__(self, home: Path, cwd: Path, nodes: int) -> None:
+        self._home, self._cwd = home, cwd
+        self._credentials = create_credentials(home, nodes=nodes)
+        self._port = free_port()
+        (home / "config.toml").write_text(
+            f'[superlink]\ndefault = "{NAME}"\n\n[superlink.{NAME}]\naddress = "127.0.0.1:{self._port}"\n'
+            f'root-certificates = "{self._credentials.ca}"\n'
+        )
+        self.link = SuperLink(environment_of(home), home / "superlink.log")
+        self.superlink: subprocess.Popen[bytes] | None = None
+        self.nodes: list[subprocess.Popen[bytes]] = []
+
+    def start_superlink(self) -> None:
+        """Starts the SuperLink, or starts it again with the state that it had, and waits until it answers.
+
+        Raises:
+            RuntimeError: It did not come up; the message has the end of its log.
+        """
+        command = _superlink_command(self._credentials, self._port, self._home / "superlink.db")
+        self.superlink = _start(command, self.link, self._cwd, self.link.log_file)
+        _wait(lambda: _supernodes(self.link) is not None, [self.superlink], self.link.log_file)
+
+    def register_nodes(self) -> None:
+        """Lets the SuperNodes' keys in."""
+        for key in self._credentials.nodes:
+            _flwr(self.link, "supernode", "register", str(key.with_suffix(".pub")), NAME)
+
+    def start_node(self, index: int) -> None:
+        """Starts a SuperNode, or starts it again: to the SuperLink, who has its key is the same node."""
+        key, number = self._credentials.nodes[index], len(self._credentials.nodes)
+        command = _supernode_command(
+            self._credentials, self._port, key, f"partition-id={index} num-partitions={number}"
+        )
+        self.nodes[index : index + 1] = [_start(command, self.link, self._cwd, self._log_of(index))]
+
+    def wait_for_nodes(self) -> None:
+        """Returns once all SuperNodes are connected.
+
+        Raises:
+            RuntimeError: They are not, after a while; the message has the end of the last one's log.
+        """
+        assert self.superlink is not None
+        number = len(self.nodes)
+        _wait(
+            lambda: (_supernodes(self.link) or []).count("online") == number,
+            [self.superlink, *self.nodes],
+            self._log_of(number - 1),
+        )
+
+    def stop(self) -> None:
+        """Ends all processes, the nodes first, so that they can say goodbye."""
+        processes = [*reversed(self.nodes), *([self.superlink] if self.superlink else [])]
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            try:
+                process.wait(GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _log_of(self, index: int) -> Path:
+        return self._home / f"supernode-{index}.log"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -83,41 +143,27 @@ def private_deployment(*, state: Path, cwd: Path, nodes: int) -> Iterator[Deploy
     """
     state.mkdir(parents=True, exist_ok=True)
     home = Path(tempfile.mkdtemp(prefix="deployment-", dir=state))
-    processes: list[subprocess.Popen[bytes]] = []
     try:
-        credentials = create_credentials(home, nodes=nodes)
-        port = free_port()
-        (home / "config.toml").write_text(
-            f'[superlink]\ndefault = "{NAME}"\n\n[superlink.{NAME}]\naddress = "127.0.0.1:{port}"\n'
-            f'root-certificates = "{credentials.ca}"\n'
-        )
-        link = SuperLink(environment_of(home), home / "superlink.log")
-        processes.append(_start(_superlink_command(credentials, port), link, cwd, link.log_file))
-        _wait(lambda: _supernodes(link) is not None, processes, link.log_file)
-        for index, key in enumerate(credentials.nodes):
-            _flwr(link, "supernode", "register", str(key.with_suffix(".pub")), NAME)
-            command = _supernode_command(credentials, port, key, f"partition-id={index} num-partitions={nodes}")
-            processes.append(_start(command, link, cwd, home / f"supernode-{index}.log"))
-        _wait(lambda: (_supernodes(link) or []).count("online") == nodes, processes, home / "supernode-0.log")
-        yield Deployment(link, tuple(processes[1:]))
+        deployment = Deployment(home, cwd, nodes)
+        try:
+            deployment.start_superlink()
+            deployment.register_nodes()
+            for index in range(nodes):
+                deployment.start_node(index)
+            deployment.wait_for_nodes()
+            yield deployment
+        finally:
+            deployment.stop()
     finally:
-        for process in reversed(processes):  # the nodes first, so that they can say goodbye
-            process.terminate()
-        for process in processes:
-            try:
-                process.wait(GRACE_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
         shutil.rmtree(home, ignore_errors=True)
 
 
-def _superlink_command(credentials: Credentials, port: int) -> list[str]:
+def _superlink_command(credentials: Credentials, port: int, database: Path) -> list[str]:
     return [
         *(tool("flower-superlink"), "--host", "127.0.0.1", "--port", str(port), "--enable-supernode-auth"),
         *("--ssl-ca-certfile", str(credentials.ca)),
         *("--ssl-certfile", str(credentials.certificate), "--ssl-keyfile", str(credentials.key)),
-        "--disable-runtime-dependency-installation",
+        *("--database", str(database), "--disable-runtime-dependency-installation"),
     ]
 
 
@@ -130,7 +176,7 @@ def _supernode_command(credentials: Credentials, port: int, key: Path, node_conf
 
 
 def _start(command: list[str], link: SuperLink, cwd: Path, log_file: Path) -> subprocess.Popen[bytes]:
-    with log_file.open("wb") as log:
+    with log_file.open("ab") as log:
         return subprocess.Popen(
             command,
             env=link.environment,

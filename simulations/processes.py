@@ -28,7 +28,10 @@ def adopt_orphans() -> None:
 
 
 def end_with_parent() -> None:
-    """Has this process killed when its parent dies, even if the parent was killed (Linux; for `preexec_fn`)."""
+    """Has this process killed when its parent dies, even if the parent was killed (Linux; for `preexec_fn`).
+
+    To Linux the parent is the thread that started it: start what is to outlive a thread in the main one.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 

@@ -52,8 +52,9 @@ class SuperLink:
         deadline = time.monotonic() + FINISH_SECONDS
         while True:
             listing = subprocess.run(command, env=self.environment, check=True, capture_output=True, text=True)
-            runs = json.loads(listing.stdout)["runs"]
-            status = str(runs[0]["status"]) if runs else "no run was started"
+            answer = json.loads(listing.stdout)
+            runs = answer.get("runs", [])
+            status = str(runs[0]["status"]) if runs else str(answer.get("error-message", "no run was started"))
             if status.startswith("finished:") or time.monotonic() > deadline:
                 return status
 

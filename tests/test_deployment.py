@@ -1,4 +1,4 @@
-"""A real deployment on this machine: TLS, node authentication, a SuperNode that dies in mid-round, and the ledger."""
+"""A real deployment on this machine: TLS, node authentication, processes that are killed at work, and the ledger."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fl_privacy.audit import Ledger, Status
+from fl_privacy.audit import LeakageEstimate, Ledger, Status
 
 ROOT = Path(__file__).parents[1]
 SIMULATIONS = ROOT / "simulations"
@@ -68,3 +68,42 @@ def test_the_app_of_the_simulation_runs_deployed_and_outlives_a_node(tmp_path):
     assert second["1"].leakage is None
     assert not list((tmp_path / "state").iterdir()), "state and credentials are gone"
     assert output.rstrip().endswith(" 0"), output[-200:]
+
+
+@pytest.mark.timeout(600)
+def test_a_worker_a_supernode_and_the_superlink_are_killed_at_work_and_no_row_is_lost(tmp_path):
+    ledger = tmp_path / "ledger.db"
+    environment = {**os.environ, "PYTHONPATH": str(SIMULATIONS), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "tests" / "faults" / "driver.py"), str(tmp_path)]
+    with subprocess.Popen(
+        command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as driver:
+        try:
+            output, _ = driver.communicate(timeout=550)
+        except subprocess.TimeoutExpired:
+            driver.terminate()  # it stops what it started
+            raise
+    assert driver.returncode == 0, output[-4000:]
+    assert [line.removeprefix("DRIVER ") for line in output.splitlines() if line.startswith("DRIVER ")] == [
+        "killed a worker in its audit",
+        "killed a SuperNode whose client trains",
+        "killed the SuperLink while a client trains, and started it again",
+        "first run finished:completed",
+        "second run 0 finished:completed",
+        "left 0",
+    ]
+    assert "an audit worker died" in output
+
+    runs: dict[str, dict[tuple[int, str], LeakageEstimate]] = {}
+    with Ledger.open(ledger) as opened:
+        for entry in opened.rows():
+            row = entry.estimate
+            assert runs.setdefault(entry.run_id, {}).setdefault((row.server_round, row.client), row) is row
+    first, second = runs.values()
+    fates = {asked: row.status for asked, row in first.items()}
+    assert fates.pop((2, "1")) is Status.CLIENT_ERROR
+    assert "Node Unavailable" in first[2, "1"].detail
+    assert fates == dict.fromkeys([(1, "0"), (1, "1"), (2, "0"), (3, "0")], Status.AUDITED)
+    assert {asked: row.status for asked, row in second.items()} == dict.fromkeys([(1, "0"), (1, "1")], Status.AUDITED)
+    verify = [str(Path(sys.executable).parent / "fl-privacy"), "verify", str(ledger)]
+    assert subprocess.run(verify, check=False).returncode == 0
