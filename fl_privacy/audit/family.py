@@ -5,8 +5,9 @@ beside an average update of length ‖ū‖:
 
     relative noise = σ√(TP/C)/‖ū‖,    σ: what one share needs for the target.
 
-Noise on the inputs that is kept is a bias, of rms τ√(1/L − 1) where it is white: relative to the inputs' own spread it
-depends on the target L alone. So isotropic noise is chosen where its relative noise is at most a multiple of that.
+Noise on the inputs that is kept is a bias, of power τ²(1/L − 1) where it is white: relative to the inputs' own, it
+depends on the target L alone. A little of it costs a model nothing, or helps it as augmentation does; much of it hides
+what there is to learn. So isotropic noise is chosen where its relative noise is at most a multiple of that power.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import math
 
 from fl_privacy.audit.settings import Family
 
-_MOST_PER_BIAS = 2.0
-"""Relative noise of the isotropic family, per relative rms of noise on inputs, up to which it is the cheaper one: the
-cells of `fl-privacy study noise-accuracy` where it kept up and where it did not lie on either side (docs/noise.md)."""
+_MOST_PER_POWER = 0.9
+"""Relative noise of the isotropic family, per relative power of noise on inputs, up to which it is the cheaper one: the
+cells of `fl-privacy study noise-accuracy` where it was ahead and where it was behind lie on either side
+(docs/noise.md)."""
 
 
 def relative_noise(noise_std: float, *, update_dim: int, average_norm: float, num_clients: int, shares: int) -> float:
@@ -42,5 +44,5 @@ def cheaper_family(relative: float, *, target_leakage: float) -> Family:
         relative: Noise of the isotropic family, as `relative_noise` returns it.
         target_leakage: L.
     """
-    bias = math.sqrt(1 / target_leakage - 1)
-    return "isotropic" if relative <= _MOST_PER_BIAS * bias else "shaped"
+    power = 1 / target_leakage - 1
+    return "isotropic" if relative <= _MOST_PER_POWER * power else "shaped"

@@ -443,7 +443,7 @@ def test_a_dry_run_puts_nothing_on():
 
 @pytest.mark.parametrize("most", [0.0, 2.0, math.inf])
 def test_the_cheaper_family_is_advised_after_the_first_audit(most, monkeypatch):
-    monkeypatch.setattr(family, "_MOST_PER_BIAS", most)
+    monkeypatch.setattr(family, "_MOST_PER_POWER", most)
     strategy = audit(Policy(action="advise", family="auto"))
     run(strategy, {node: shaped_app() for node in NODES}, rounds=2)
     first, second = strategy.strategy.global_arrays
@@ -452,13 +452,13 @@ def test_the_cheaper_family_is_advised_after_the_first_audit(most, monkeypatch):
         before, after = (rows(strategy, r)[node] for r in (1, 2))
         assert (before.advised_noise_std, before.advised_input_leakage) == (None, None)
         noise = before.required_noise_std * math.sqrt(before.update_dim / 2)  # on the average of two clients
-        isotropic = noise / moved <= most * math.sqrt(1 / TARGET - 1)
+        isotropic = noise / moved <= most * (1 / TARGET - 1)
         assert (after.advised_noise_std is not None) == isotropic
         assert (after.input_noise == "client") == (not isotropic)
 
 
 def test_a_client_that_cannot_put_noise_on_its_inputs_is_advised_the_other_kind(monkeypatch):
-    monkeypatch.setattr(family, "_MOST_PER_BIAS", 0.0)
+    monkeypatch.setattr(family, "_MOST_PER_POWER", 0.0)
     strategy = audit(Policy(action="advise", family="auto"))
     run(strategy, {10: audited_app()}, rounds=3)
     second, third = (rows(strategy, r)[10] for r in (2, 3))

@@ -1,0 +1,40 @@
+"""The rule that picks a family of noise: against its formula, and against every cell of the maps that it rests on."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from fl_privacy.audit.family import cheaper_family, relative_noise
+from fl_privacy.studies.noise_accuracy import AccuracyRow, AccuracySettings, _verdicts
+from fl_privacy.studies.results import read_rows
+
+STUDIES = Path(__file__).parents[2] / "studies"
+
+
+@pytest.mark.parametrize("target", [0.75, 0.5, 0.3, 0.1])
+def test_isotropic_noise_may_be_nine_tenths_of_the_relative_power_of_noise_on_inputs(target):
+    most = 0.9 * (1 / target - 1)
+    assert cheaper_family(0.999 * most, target_leakage=target) == "isotropic"
+    assert cheaper_family(1.001 * most, target_leakage=target) == "shaped"
+
+
+def test_relative_noise_is_that_of_all_shares_on_the_average_of_all_clients():
+    told = relative_noise(0.1, update_dim=400, average_norm=2.0, num_clients=25, shares=9)
+    assert told == pytest.approx(0.1 * math.sqrt(9 * 400 / 25) / 2.0)
+    assert relative_noise(0.1, update_dim=400, average_norm=0.0, num_clients=25, shares=9) == math.inf
+
+
+@pytest.mark.parametrize(("name", "cells"), [("", 12), ("-100", 1), ("-mnist", 12)])
+def test_what_is_recommended_is_within_a_point_of_the_best_protected_arm_in_every_cell(name, cells):
+    folder = STUDIES / f"noise-accuracy{name}"
+    if not folder.is_dir():
+        pytest.skip("the studies are not here")
+    written = json.loads((folder / "settings.json").read_text())["settings"]
+    settings = AccuracySettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in written.items()})
+    verdicts = _verdicts(settings, read_rows(folder / "results.csv", AccuracyRow))
+    assert len(verdicts) == cells
+    assert {cell: verdict.behind for cell, verdict in verdicts.items() if not verdict.behind <= 1} == {}
