@@ -87,6 +87,7 @@ def test_a_worker_a_supernode_and_the_superlink_are_killed_at_work_and_no_row_is
     assert [line.removeprefix("DRIVER ") for line in output.splitlines() if line.startswith("DRIVER ")] == [
         "killed a worker in its audit",
         "killed a SuperNode whose client trains",
+        "started again at once it is refused: True",
         "killed the SuperLink while a client trains, and started it again",
         "first run finished:completed",
         "second run 0 finished:completed",

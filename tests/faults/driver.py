@@ -87,6 +87,8 @@ def main(folder: Path) -> None:
         deployment.nodes[1].wait()
         gates.open("train-2-1")
         say("killed a SuperNode whose client trains")
+        deployment.start_node(1)  # while the SuperLink takes it for online
+        say("started again at once it is refused:", deployment.nodes[1].wait(SECONDS) != 0)
 
         gates.who_waits("train-3-0")
         assert deployment.superlink is not None
