@@ -294,15 +294,16 @@ class InversionAudit(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Returns the inner strategy's metrics, which go into the ledger, too."""
-        return self._note(server_round, "clients", self.strategy.aggregate_evaluate(server_round, replies))
+        return self.note_metrics(server_round, "clients", self.strategy.aggregate_evaluate(server_round, replies))
 
     def _noting(self, evaluate_fn: EvaluateFn | None) -> EvaluateFn | None:
         """Returns the server's evaluation with its metrics going into the ledger."""
         if evaluate_fn is None:
             return None
-        return lambda server_round, arrays: self._note(server_round, "server", evaluate_fn(server_round, arrays))
+        return lambda server_round, arrays: self.note_metrics(server_round, "server", evaluate_fn(server_round, arrays))
 
-    def _note(self, server_round: int, origin: Origin, metrics: MetricRecord | None) -> MetricRecord | None:
+    def note_metrics(self, server_round: int, origin: Origin, metrics: MetricRecord | None) -> MetricRecord | None:
+        """Writes what a round's evaluation gave into the ledger, and returns it."""
         numbers = {name: value for name, value in (metrics or {}).items() if isinstance(value, int | float)}
         if numbers:
             self._write([RoundMetrics(server_round=server_round, origin=origin, metrics=numbers)])

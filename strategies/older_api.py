@@ -18,6 +18,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import nn
 
+from fl_privacy.audit.metrics import Origin
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.flower.older_api import NAMES_KEY, take_report
 from fl_privacy.flower.records import REPORT_KEY
@@ -95,16 +96,27 @@ class OlderInversionAudit(OlderStrategy):
         results: list[tuple[ClientProxy, EvaluateRes]],
         failures: list[tuple[ClientProxy, EvaluateRes] | BaseException],
     ) -> tuple[float | None, dict[str, Scalar]]:
-        """Returns the inner strategy's."""
-        return self.strategy.aggregate_evaluate(server_round, results, failures)
+        """Returns the inner strategy's, which goes into the ledger, too."""
+        loss, metrics = self.strategy.aggregate_evaluate(server_round, results, failures)
+        self._note(server_round, "clients", loss, metrics)
+        return loss, metrics
 
     def evaluate(self, server_round: int, parameters: Parameters) -> tuple[float, dict[str, Scalar]] | None:
-        """Returns the inner strategy's."""
-        return self.strategy.evaluate(server_round, parameters)
+        """Returns the inner strategy's, which goes into the ledger, too."""
+        evaluated = self.strategy.evaluate(server_round, parameters)
+        if evaluated is not None:
+            self._note(server_round, "server", *evaluated)
+        return evaluated
 
     def close(self) -> None:
         """Ends the audit's workers and prints the summary."""
         self.audit.close()
+
+    def _note(self, server_round: int, origin: Origin, loss: float | None, metrics: dict[str, Scalar]) -> None:
+        every: dict[str, Scalar | None] = {"loss": loss, **metrics}
+        numbers = MetricRecord()
+        numbers.update({name: value for name, value in every.items() if isinstance(value, int | float)})
+        self.audit.note_metrics(server_round, origin, numbers)
 
 
 class _Bridge(Strategy):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.client import NumPyClient
-from flwr.common import Code, FitIns, FitRes, ndarrays_to_parameters, parameters_to_ndarrays
+from flwr.common import Code, EvaluateIns, FitIns, FitRes, ndarrays_to_parameters, parameters_to_ndarrays
 from flwr.common import Status as FlowerStatus
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg
@@ -216,12 +216,28 @@ class TestARound:
         with pytest.raises(InvalidInputError, match="expected the 4 arrays of the model's state or its 4 parameters"):
             strategy.configure_fit(1, ndarrays_to_parameters([np.zeros(3)]), None)
 
-    def test_evaluation_is_the_clients_own(self):
-        client = audited(NODES[0])
-        assert client.client.evaluate is not None
-        assert OlderInversionAudit(
-            Chosen([]), model=new_model(), loss=nn.CrossEntropyLoss(), ledger=None
-        ).aggregate_evaluate(1, [], []) == (None, {})
+    def test_evaluation_is_the_inner_strategys_and_goes_into_the_ledger(self, tmp_path):
+        inner = FedAvg(
+            evaluate_fn=lambda server_round, arrays, config: (0.75, {"accuracy": 0.5, "name": "test set"}),
+            evaluate_metrics_aggregation_fn=lambda found: {
+                "accuracy": sum(m["accuracy"] for _, m in found) / len(found)
+            },
+        )
+        strategy = OlderInversionAudit(
+            inner, model=new_model(), loss=nn.CrossEntropyLoss(), ledger=tmp_path / "ledger.db", show=False
+        )
+        proxies = [Proxy(node, audited(node)) for node in NODES]
+        ins = EvaluateIns(ndarrays_to_parameters([]), {})
+        results = [(proxy, proxy.client.evaluate(ins)) for proxy in proxies]
+        assert strategy.evaluate(1, ins.parameters) == (0.75, {"accuracy": 0.5, "name": "test set"})
+        assert strategy.aggregate_evaluate(1, results, []) == (0.5, {"accuracy": 0.25})
+        assert strategy.aggregate_evaluate(2, [], []) == (None, {})
+        with Ledger.open(tmp_path / "ledger.db") as opened:
+            found = opened.metrics(run_id=strategy.audit.run_id)
+        assert [(entry.server_round, entry.origin, dict(entry.metrics)) for entry in found] == [
+            (1, "server", {"loss": 0.75, "accuracy": 0.5}),
+            (1, "clients", {"loss": 0.5, "accuracy": 0.25}),
+        ]
 
 
 def averaged(results):
