@@ -12,9 +12,10 @@ from torch import Tensor
 from fl_privacy.attacks.labels import labelled
 from fl_privacy.attacks.problem import AttackProblem
 from fl_privacy.attacks.result import Reconstruction, StopReason, best_of
-from fl_privacy.attacks.smoothing import has_kinks, rounded
+from fl_privacy.attacks.smoothing import rounded
 from fl_privacy.attacks.step import GaussNewtonSteps, WhitenedJacobian
 from fl_privacy.errors import InvalidInputError
+from fl_privacy.influence.rounding import has_kinks
 from fl_privacy.influence.update import UpdateMap
 
 _RIDGE_DROP = 100.0

@@ -23,6 +23,7 @@ from fl_privacy.audit.wording import joined, number_text
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.influence.evaluation import BatchNormMode
 from fl_privacy.influence.prior import GaussianPrior
+from fl_privacy.influence.rounding import rounded_off
 from fl_privacy.influence.training import LocalTrainingUpdate
 from fl_privacy.influence.update import GradientUpdate
 
@@ -125,7 +126,7 @@ def _public_jacobians(
     theta = {name: to_tensor(array, device, dtype) for name, array in params.items()}
     inputs, labels = public.chosen(settings.seed)
     return PublicJacobians.of(
-        GradientUpdate(with_buffers(context.model, theta), context.loss),
+        rounded_off(GradientUpdate(with_buffers(context.model, theta), context.loss), settings.relu_width),
         theta,
         to_tensor(inputs, device, dtype),
         to_tensor(labels, device, dtype),

@@ -24,14 +24,19 @@ from fl_privacy.audit.public import UpdateTask
 from fl_privacy.audit.replay import AuditContext, Replay, flat_update, replay_training, to_tensor
 from fl_privacy.audit.settings import AuditSettings
 from fl_privacy.audit.task import Array, AuditTask, ClientUpdate
-from fl_privacy.audit.wording import joined
+from fl_privacy.audit.wording import joined, nonlinear_text
 from fl_privacy.influence.jacobian import UpdateJacobian
 from fl_privacy.influence.layout import ParameterLayout
+from fl_privacy.influence.linearity import change_ratio
+from fl_privacy.influence.rounding import rounded_off
 from fl_privacy.influence.spectrum import Spectrum, estimate_spectrum
+from fl_privacy.influence.update import UpdateMap
 from fl_privacy.interval import Interval
 
 _CURVE_POINTS, _CURVE_SPAN = 17, 1e-6
 """Noise levels of a row's curve, and how far below the largest the smallest may be."""
+_SMALLEST_SHIFT = 0.01
+"""Of the shift over which linearity is looked at, relative to the prior's standard deviation."""
 
 
 def audit_tasks(
@@ -157,15 +162,21 @@ def _measure(
     units = len(examples[0])
     client_of = torch.arange(len(group), device=device).repeat_interleave(units)
     private = torch.tensor(examples, device=device).reshape(-1) if settings.unit == "example" else None
-    jacobian = UpdateJacobian(
-        replay.update,
-        theta,
-        inputs[client_of],
-        labels[client_of],
-        private=private,
-        memory_budget=settings.memory_budget,
-        before_pass=lambda: check_time(deadline),
-    )
+
+    def jacobian_of(update: UpdateMap) -> UpdateJacobian:
+        return UpdateJacobian(
+            update,
+            theta,
+            inputs[client_of],
+            labels[client_of],
+            private=private,
+            memory_budget=settings.memory_budget,
+            before_pass=lambda: check_time(deadline),
+        )
+
+    exact = jacobian_of(replay.update)
+    smooth = rounded_off(replay.update, settings.relu_width)
+    jacobian = exact if smooth is replay.update else jacobian_of(smooth)
     spectrum = estimate_spectrum(
         jacobian,
         num_probes=settings.num_probes,
@@ -194,14 +205,16 @@ def _measure(
     )
     if (law < 1).any():
         found = found.limited(law, settings.prior_std)
+    worst = [_worst_unit(found, required, client_of == index) for index in range(len(group))]
+    at_worst = torch.tensor(worst, device=device)
+    ratios = _change_ratios(exact.select(at_worst), jacobian.select(at_worst), found.rmse[worst], settings)
     changes = _changes_by_shifts(group, replay, theta, labels, settings.memory_budget)
 
     curves = _curves(spectrum, client_of, settings.prior_std)
     rows = []
     for index, task in enumerate(group):
         mine = (client_of == index).nonzero().squeeze(1)
-        # The worst of the client's examples; of equally bad ones, the one that needs the most noise.
-        worst = max(mine.tolist(), key=lambda u: (_or(found.leakage.value[u], -1.0), _or(required[u], -1.0)))
+        top = worst[index]
         status, detail = _judge(task, replay, index, found, mine, settings)
         detail = joined(
             detail, _doubt_of_noise(task, float(seen.noise_std[index]), jacobian.update_dim, float(doubt[index]))
@@ -211,20 +224,23 @@ def _measure(
         detail = joined(detail, shifts[index].detail)
         if found.blurred[mine].any() and dtype == torch.float64:
             detail = joined(detail, "precision limits the interval: the noise is below what float64 resolves")
-        example = examples[index][worst % units] if settings.unit == "example" else None
+        ratio = _number(ratios[index])
+        if law[top] > found.leakage.value[top]:  # else it is the noise's law that limits what leaks, not the Jacobian
+            detail = joined(detail, nonlinear_text(ratio))
+        example = examples[index][top % units] if settings.unit == "example" else None
         rows.append(
             replace(
                 task.row(status, detail=detail),
                 unit=settings.unit,
                 units_audited=units,
-                leakage=Interval(*(float(part[worst]) for part in found.leakage)),
+                leakage=Interval(*(float(part[top]) for part in found.leakage)),
                 leakage_mean=float(found.leakage.value[mine].mean()),
                 worst_example=example,
                 worst_label=_class_of(task, example),
-                rmse=float(found.rmse[worst]),
-                psnr=psnr_of(float(found.rmse[worst]), settings.data_range),
-                i2f=_number(found.influence[worst]) if replay.verified[index] else None,
-                lower_bound=_number(found.lower_bound[worst]) if replay.verified[index] else None,
+                rmse=float(found.rmse[top]),
+                psnr=psnr_of(float(found.rmse[top]), settings.data_range),
+                i2f=_number(found.influence[top]) if replay.verified[index] else None,
+                lower_bound=_number(found.lower_bound[top]) if replay.verified[index] else None,
                 input_noise="" if task.shift is None else task.shift.covariance,
                 input_noise_kept=None if task.shift is None else task.shift.kept,
                 input_noise_leakage=None if task.shift is None else float(law[mine].max()),
@@ -240,13 +256,14 @@ def _measure(
                 noise_std=float(credited[index]),
                 even_noise=not bool(split[index]),
                 prior_std=settings.prior_std,
-                ridge=float(found.ridge[worst]),
+                ridge=float(found.ridge[top]),
                 target_leakage=targets[index],
                 required_noise_std=float(required[mine].max()),
                 required_noise_norm=float(required[mine].max()) * math.sqrt(jacobian.update_dim),
                 verified=bool(replay.verified[index]),
                 converged=bool((found.solved & found.tight)[mine].all()),
-                residual=float(found.residual[worst]),
+                residual=float(found.residual[top]),
+                change_ratio=ratio,
                 replay_error=_number(replay.error[index]),
                 input_dim=jacobian.input_dim,
                 update_dim=jacobian.update_dim,
@@ -257,6 +274,21 @@ def _measure(
             )
         )
     return rows, [bool(found.blurred[client_of == index].any()) for index in range(len(group))]
+
+
+def _worst_unit(found: Exposure, required: Tensor, mine: Tensor) -> int:
+    """Returns the worst of a client's examples; of equally bad ones, the one that needs the most noise."""
+    units: list[int] = mine.nonzero().squeeze(1).tolist()
+    return max(units, key=lambda u: (_or(found.leakage.value[u], -1.0), _or(required[u], -1.0)))
+
+
+def _change_ratios(exact: UpdateJacobian, jacobian: UpdateJacobian, rmse: Tensor, settings: AuditSettings) -> Tensor:
+    """Returns how much more each unit's update changes over its predicted error than `jacobian` says, `[U]`."""
+    assert settings.prior_std is not None
+    generator = torch.Generator().manual_seed(settings.seed)
+    direction = torch.randn(jacobian.num_units, jacobian.input_dim, generator=generator, dtype=torch.float64)
+    size = rmse.double().nan_to_num(0.0).clamp(min=_SMALLEST_SHIFT * settings.prior_std)
+    return change_ratio(exact, (size[:, None] * direction.to(size.device)).to(jacobian.dtype), linear=jacobian)
 
 
 def _leaning(

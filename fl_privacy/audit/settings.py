@@ -39,6 +39,8 @@ class AuditSettings:
         replay_rtol: How closely local training must be reproduced for an estimate to count as verified.
         precision: `float32`, `float64`, or `auto`: float64 where float32 does not know the answer to 0.05.
         batch_norm: Mode in which local training is replayed; `auto`: whichever reproduces what was captured.
+        relu_width: Width by which `nn.ReLU` modules are rounded off where J is taken, relative to what they see: the
+            update jumps where a ReLU switches, of which the network's own J knows nothing. 0: the network's own J.
         max_local_steps: Most steps of local training that are replayed. Beyond, the estimate is unverified.
         memory_budget: Bytes of graph that one vectorised pass may keep.
         seed: Of the choice of examples and of the probes.
@@ -58,6 +60,7 @@ class AuditSettings:
     replay_rtol: float = 1e-3
     precision: Precision = "auto"
     batch_norm: BatchNorm = "auto"
+    relu_width: float = 0.15
     max_local_steps: int = 1024
     memory_budget: int = 2 * 1024**3
     seed: int = 0
@@ -78,6 +81,8 @@ class AuditSettings:
                 raise InvalidInputError(f"expected a finite {name} > 0, got {value}")
         if self.ridge is not None and not (math.isfinite(self.ridge) and self.ridge >= 0):
             raise InvalidInputError(f"expected a finite ridge >= 0, got {self.ridge}")
+        if not (math.isfinite(self.relu_width) and self.relu_width >= 0):
+            raise InvalidInputError(f"expected a finite relu_width >= 0, got {self.relu_width}")
         for name in ("max_examples", "num_probes", "max_steps", "solve_steps", "max_local_steps", "memory_budget"):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"expected {name} >= 1, got {getattr(self, name)}")

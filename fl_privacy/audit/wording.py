@@ -11,6 +11,8 @@ from fl_privacy.interval import Interval
 
 ABSENT = "-"
 """Stands for a number that a row does not have."""
+_NONLINEAR = 2.0
+"""`change_ratio` above which a row says so: smooth networks stay below, ReLU networks do not (docs/validation.md)."""
 
 
 def leakage_text(interval: Interval[float] | None) -> str:
@@ -37,6 +39,16 @@ def _rounded(value: float, digits: int, rounding: str) -> str:
     if not math.isfinite(value):
         return str(value)
     return str(Decimal(repr(float(value))).quantize(Decimal(1).scaleb(-digits), rounding=rounding))
+
+
+def nonlinear_text(change_ratio: float | None) -> str:
+    """Returns what there is to say of an update that is not linear over its predicted error; nothing of others."""
+    if change_ratio is None or change_ratio <= _NONLINEAR:
+        return ""
+    return (
+        f"over the predicted error the update changes {change_ratio:.2g} times as much as its Jacobian says: more "
+        "leaks than this, and more noise is needed"
+    )
 
 
 def number_text(value: float | None) -> str:

@@ -48,6 +48,7 @@ _SIZES = (
     "required_noise_std",
     "residual",
     "replay_error",
+    "change_ratio",
     "seconds",
     "input_noise_leakage",
     "input_noise_rms",
@@ -92,6 +93,7 @@ class Disclosure:
     required_noise_std: float | None = None
     residual: float | None = None
     replay_error: float | None = None
+    change_ratio: float | None = None
     seconds: float | None = None
     input_noise: str = ""
     input_noise_kept: bool | None = None

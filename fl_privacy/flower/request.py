@@ -16,7 +16,17 @@ from fl_privacy.flower.records import BATCHES, ESTIMATE, REQUEST_KEY
 SETTINGS_KEY = "fl-privacy-settings"
 """Entry by which the server says what an estimate is to be of."""
 
-_ASKED = ("unit", "target_leakage", "prior_std", "data_range", "ridge", "max_examples", "batch_norm", "seed")
+_ASKED = (
+    "unit",
+    "target_leakage",
+    "prior_std",
+    "data_range",
+    "ridge",
+    "max_examples",
+    "batch_norm",
+    "relu_width",
+    "seed",
+)
 """Settings that are the server's to choose. How exactly and how long to compute is the client's."""
 
 

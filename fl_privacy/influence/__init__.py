@@ -11,6 +11,7 @@ from fl_privacy.influence.covariance import InputCovariance
 from fl_privacy.influence.directions import ProtectedDirections, protected_directions
 from fl_privacy.influence.i2f import Influence, influence, influence_lower_bound
 from fl_privacy.influence.jacobian import UpdateJacobian
+from fl_privacy.influence.linearity import change_ratio
 from fl_privacy.influence.operators import GramSum, InputOperator, MeanGram
 from fl_privacy.influence.prior import GaussianPrior
 from fl_privacy.influence.recommendation import NoiseRecommendation, recommend_noise
@@ -34,6 +35,7 @@ __all__ = [
     "Spectrum",
     "UpdateJacobian",
     "UpdateMap",
+    "change_ratio",
     "draw_input_noise",
     "estimate_spectrum",
     "influence",

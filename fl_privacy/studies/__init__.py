@@ -30,6 +30,8 @@ STUDIES: Mapping[str, str] = MappingProxyType(
         "usual-defences": "What usual defences leave an attacker at equal utility, and how well that is predicted.",
         "architectures": "Predicted error, I²F and its bound against three attacks, across architectures and data.",
         "ridge": "Which ridge predicts an attack's error: the paper's 0.1, 1 and 10, or noise over prior variance.",
+        "best-attacker": "The least error that any attacker can reach, by sampling posteriors, beside predictions.",
+        "linearity": "Whether updates are as linear as I²F takes them to be, over the distance by which attackers err.",
         "directions": "How far noise along single eigenvectors leads an attack astray: the law of 1/√λ, and its end.",
         "unfairness": "How unevenly one noise level protects, per example and per class.",
         "initialization": "How much gradients leak under different initialisations, at absolute and relative noise.",

@@ -20,8 +20,9 @@ from fl_privacy.attacks import (
     rmse,
 )
 from fl_privacy.attacks.noise import Noise
-from fl_privacy.attacks.smoothing import has_kinks, rounded
+from fl_privacy.attacks.smoothing import rounded
 from fl_privacy.errors import InvalidInputError
+from fl_privacy.influence.rounding import has_kinks
 
 from .cases import (
     F64,

@@ -117,6 +117,33 @@ class TestNumbers:
         assert row.snr_db == pytest.approx(20 * np.log10(np.linalg.norm(u) / float(delta.norm())), rel=1e-6)
         assert (row.input_dim, row.update_dim, row.units_audited) == (16, len(u), 4)
 
+    def test_how_much_more_an_update_changes_than_its_jacobian_says(self):
+        model = new_model()
+        task = double_task(model, defend=lambda update: noisy(update, 1e-2))
+        row = audit_one(model, task, **EXACT)
+        jacobian = dense_jacobians(model, task)[row.worst_example]
+        a = row.rmse * torch.randn(1, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        moved = task.inputs.copy()
+        moved[row.worst_example] += a.numpy().reshape(moved[0].shape)
+        change = flat(train(model, moved, task.labels, task.trace)) - flat(task.captured)
+        expected = np.linalg.norm(change) / float((jacobian @ a[0]).norm())
+        assert row.change_ratio == pytest.approx(expected, rel=1e-6)
+        assert (0.8 < row.change_ratio < 1.25, row.detail) == (True, "")
+
+    def test_a_network_that_jumps_is_told(self):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Flatten(), nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3)
+        )
+        task = double_task(model, defend=lambda update: noisy(update, 1e-5))
+        row = audit_one(model, task, **EXACT, relu_width=0.0)
+        assert (row.status, row.change_ratio > 2) == (Status.AUDITED, True)
+        assert f"changes {row.change_ratio:.2g} times as much as its Jacobian says" in row.detail
+        smooth = audit_one(model, task, **EXACT)
+        assert (smooth.detail, 0.5 < smooth.change_ratio < 2) == ("", True)
+        assert smooth.leakage.value > row.leakage.value
+        assert smooth.required_noise_std > row.required_noise_std
+
     def test_what_a_pruned_update_leaks_is_what_its_exact_entries_leak(self):
         model = new_model()
         task = double_task(model, defend=lambda update: scaled(pruned(update, 0.9), 0.3))

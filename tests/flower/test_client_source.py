@@ -176,7 +176,7 @@ class TestBudget:
 SCALARS = {
     "status", "shared_norm", "unit", "dtype", "batch_norm", "leakage", "psnr", "verified", "converged",
     "units_audited", "input_dim", "update_dim", "products", "leakage_mean", "rmse", "i2f", "lower_bound", "noise_std",
-    "prior_std", "ridge", "target_leakage", "required_noise_std", "residual", "replay_error", "seconds",
+    "prior_std", "ridge", "target_leakage", "required_noise_std", "residual", "replay_error", "change_ratio", "seconds",
 }  # fmt: skip
 
 
