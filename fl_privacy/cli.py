@@ -79,7 +79,7 @@ def verify(
         except ValueError as error:
             _fail(f"--head: {error}")
     if as_json:
-        typer.echo(json.dumps({"ok": outcome.ok, **asdict(outcome)}))
+        typer.echo(json.dumps({"ok": outcome.ok, **asdict(outcome)}, allow_nan=False))
     else:
         _print_outcome(outcome)
     raise typer.Exit(OK if outcome.ok else TAMPERED)

@@ -166,7 +166,7 @@ class TestProcess:
 
     def test_help_tells_the_exit_codes_and_version_the_version(self) -> None:
         script = str(Path(sys.executable).with_name("fl-privacy"))
-        for command in ([], ["verify"], ["show"]):
+        for command in ([], ["verify"], ["show"], ["study", "ridge"]):
             assert "Exit codes: 0" in self.run(script, *command, "--help").stdout
         for command, words in (
             ("verify", "Path of a SQLite ledger"),

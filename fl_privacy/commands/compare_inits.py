@@ -58,7 +58,7 @@ def compare_inits(
         with progress_bar("comparing") as progress:
             found = compare(factory, examples, settings, progress=progress)
     if as_json:
-        typer.echo(json.dumps([asdict(exposure) for exposure in found]))
+        typer.echo(json.dumps([asdict(exposure) for exposure in found], allow_nan=False))
     else:
         result_console().print(_table(model, settings.noise_std, settings.target_leakage, found))
 

@@ -65,7 +65,7 @@ def picture(
         title = f"What an attacker rebuilds of image {image} ({dataset}, {model})"
         draw_picture(drawn, output, title=title, bounds=(0.0, 1.0))
     if as_json:
-        typer.echo(json.dumps(_plain(drawn, output)))
+        typer.echo(json.dumps(_plain(drawn, output), allow_nan=False))
         return
     console = result_console()
     console.print(_table(drawn))

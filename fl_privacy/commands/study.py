@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from fl_privacy.studies import Summary
 
 
+_EXIT_CODES = "Exit codes: 0 done, 2 wrong usage or missing data."
+
+
 class CommaSeparated(click.ParamType[tuple[Any, ...]]):
     """Several values of one kind, as in `1e-3,1e-2`.
 
@@ -63,7 +66,7 @@ class StudyGroup(TyperGroup):
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
         for name, question in STUDIES.items():
-            self.add_command(StudyCommand(name, callback=_conducted(name), help=question))
+            self.add_command(StudyCommand(name, callback=_conducted(name), help=question, epilog=_EXIT_CODES))
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -78,7 +81,7 @@ study = typer.Typer(
     cls=StudyGroup,
     no_args_is_help=True,
     help="Run one of the paper's experiments: results.csv, a summary and a figure in a folder.",
-    epilog="Exit codes: 0 done, 2 wrong usage or missing data.",
+    epilog=_EXIT_CODES,
 )
 
 
@@ -133,7 +136,7 @@ def _conducted(name: str) -> Any:
                 rows = conduct(chosen, settings, output, progress=progress)
             summary = chosen.summarize(settings, rows)
         if as_json:
-            typer.echo(json.dumps({"output": str(output), **asdict(summary)}))
+            typer.echo(json.dumps({"output": str(output), **asdict(summary)}, allow_nan=False))
         else:
             _print(summary, output)
 

@@ -99,7 +99,7 @@ def _validate(settings: ValidationSettings, output: Path, *, as_json: bool) -> N
     if as_json:
         found = {"overall": _plain(overall), "levels": _levels(levels), "inapplicable": unable}
         by_attack = {name: _plain(agreement) for name, agreement in attacks.items()}
-        typer.echo(json.dumps({"output": str(output), **found, "attacks": by_attack}))
+        typer.echo(json.dumps({"output": str(output), **found, "attacks": by_attack}, allow_nan=False))
         return
     console.print(_table(title, overall, levels))
     if len(attacks) > 1:

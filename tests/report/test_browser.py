@@ -12,6 +12,7 @@ import pytest
 from fl_privacy.audit.chain import Verification
 from fl_privacy.audit.estimate import Source, Status
 from fl_privacy.audit.ledger import Ledger
+from fl_privacy.interval import Interval
 from fl_privacy.report import ClientHistory, RunHistory, read_history, render_report
 from fl_privacy.report.history import Cell, Outcome
 from fl_privacy.report.pictures import find_pictures
@@ -143,10 +144,25 @@ def test_a_wide_picture_fills_the_page_and_opens_to_its_own_size(browser, path, 
     assert browser.execute_script(width) == fitted
 
 
-def test_the_table_of_rows_is_not_cut_off(page):
-    page.set_window_size(1200, 900)
-    detail = "return document.querySelector('#rows thead th:last-child').getBoundingClientRect().right <= innerWidth"
-    assert page.execute_script(detail)
+def test_the_table_of_rows_is_not_cut_off_with_all_that_a_run_with_advice_has(browser, tmp_path):
+    more = {
+        "rounds_leakage": Interval(0.2, 0.3, 0.4),
+        "advised_noise_std": 0.0123,
+        "applied_noise_std": 0.0123,
+        "action": "perturbed",
+        "passed_leakage": 0.31,
+        "defence": "dp local 0.01 noise 0.0123",
+        "detail": "the client says it put noise of 0.0123 per parameter on its update, and 0.0119 is there",
+    }
+    with Ledger(tmp_path / "advised.db") as ledger:
+        ledger.append([audited(1, str(client), 0.3, **more) for client in range(8)], run_id="advised")
+        page = page_of(read_history(ledger), tmp_path / "advised.html")
+    browser.set_window_size(1200, 900)
+    browser.get(page.as_uri())
+    box = "const box = document.querySelector('#rows').parentElement; return box.scrollWidth <= box.clientWidth"
+    assert browser.execute_script(box)
+    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    screenshot(browser, "report-advised")
 
 
 def test_a_thousand_clients_in_a_hundred_rounds(browser, tmp_path):
