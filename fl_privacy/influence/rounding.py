@@ -38,8 +38,11 @@ class RoundedReLU(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Returns the rounded ReLU of z."""
-        width = self.width * z.detach().square().mean().sqrt() if self.relative else torch.as_tensor(self.width).to(z)
-        return 0.5 * z * (1 + torch.erf(z / (math.sqrt(2) * width.clamp(min=torch.finfo(z.dtype).tiny))))
+        width: float | Tensor = self.width
+        if self.relative:
+            scale = z.detach().square().mean().sqrt()
+            width = self.width * torch.where(scale > 0, scale, 1.0)  # of zeros alone no scale is known
+        return 0.5 * z * (1 + torch.erf(z / (math.sqrt(2) * width)))
 
 
 def has_kinks(update: UpdateMap) -> bool:
@@ -56,7 +59,7 @@ def with_relus_replaced(update: M, replacement: Callable[[str], nn.Module]) -> M
     """
     changed = copy.copy(update)
     changed.model = copy.deepcopy(update.model)
-    for name, module in update.model.named_modules():
+    for name, module in update.model.named_modules(remove_duplicate=False):  # one module may stand in several places
         if isinstance(module, nn.ReLU):
             parent, _, last = name.rpartition(".")
             setattr(changed.model.get_submodule(parent), last, replacement(name))
