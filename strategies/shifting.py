@@ -19,7 +19,7 @@ from flwr.supercore import log
 from fl_privacy.audit.auditor import Auditor
 from fl_privacy.audit.deadline import DeadlineError, check_time
 from fl_privacy.audit.executor import Job
-from fl_privacy.audit.replay import AuditContext, update_at
+from fl_privacy.audit.replay import AuditContext, updates_at
 from fl_privacy.audit.task import Array, AuditTask, Numbers
 from fl_privacy.flower.protection import InputAdvice, InputProtection
 
@@ -106,9 +106,7 @@ def _shifted(
     with protection.active():
         moved = protection.protect(model, given, labels, loss=context.loss, public=None, bounds=None).cpu().numpy()
     check_time(deadline)
-    before = update_at(context, params, task.client, trained_on, device=device)
-    check_time(deadline)
-    after = update_at(context, params, task.client, moved, device=device)
+    before, after = updates_at(context, params, task.client, (trained_on, moved), device=device)
     check_time(deadline)
     return Shifted(
         node_id=task.client.node_id,

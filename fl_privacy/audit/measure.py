@@ -163,20 +163,19 @@ def _measure(
     client_of = torch.arange(len(group), device=device).repeat_interleave(units)
     private = torch.tensor(examples, device=device).reshape(-1) if settings.unit == "example" else None
 
-    def jacobian_of(update: UpdateMap) -> UpdateJacobian:
+    def jacobian_of(update: UpdateMap, units: Tensor) -> UpdateJacobian:
         return UpdateJacobian(
             update,
             theta,
-            inputs[client_of],
-            labels[client_of],
-            private=private,
+            inputs[client_of[units]],
+            labels[client_of[units]],
+            private=None if private is None else private[units],
             memory_budget=settings.memory_budget,
             before_pass=lambda: check_time(deadline),
         )
 
-    exact = jacobian_of(replay.update)
     smooth = rounded_off(replay.update, settings.relu_width)
-    jacobian = exact if smooth is replay.update else jacobian_of(smooth)
+    jacobian = jacobian_of(smooth, torch.arange(len(client_of), device=device))
     spectrum = estimate_spectrum(
         jacobian,
         num_probes=settings.num_probes,
@@ -207,7 +206,9 @@ def _measure(
         found = found.limited(law, settings.prior_std)
     worst = [_worst_unit(found, required, client_of == index) for index in range(len(group))]
     at_worst = torch.tensor(worst, device=device)
-    ratios = _change_ratios(exact.select(at_worst), jacobian.select(at_worst), found.rmse[worst], settings)
+    taken = jacobian.select(at_worst)
+    own = taken if smooth is replay.update else jacobian_of(replay.update, at_worst)
+    ratios = _change_ratios(own, taken, found.rmse[at_worst], settings)
     changes = _changes_by_shifts(group, replay, theta, labels, settings.memory_budget)
 
     curves = _curves(spectrum, client_of, settings.prior_std)
@@ -282,13 +283,13 @@ def _worst_unit(found: Exposure, required: Tensor, mine: Tensor) -> int:
     return max(units, key=lambda u: (_or(found.leakage.value[u], -1.0), _or(required[u], -1.0)))
 
 
-def _change_ratios(exact: UpdateJacobian, jacobian: UpdateJacobian, rmse: Tensor, settings: AuditSettings) -> Tensor:
-    """Returns how much more each unit's update changes over its predicted error than `jacobian` says, `[U]`."""
+def _change_ratios(own: UpdateJacobian, taken: UpdateJacobian, rmse: Tensor, settings: AuditSettings) -> Tensor:
+    """Returns how much more each unit's update changes over its predicted error than the J taken says, `[U]`."""
     assert settings.prior_std is not None
     generator = torch.Generator().manual_seed(settings.seed)
-    direction = torch.randn(jacobian.num_units, jacobian.input_dim, generator=generator, dtype=torch.float64)
+    direction = torch.randn(taken.num_units, taken.input_dim, generator=generator, dtype=torch.float64)
     size = rmse.double().nan_to_num(0.0).clamp(min=_SMALLEST_SHIFT * settings.prior_std)
-    return change_ratio(exact, (size[:, None] * direction.to(size.device)).to(jacobian.dtype), linear=jacobian)
+    return change_ratio(own, (size[:, None] * direction.to(size.device)).to(taken.dtype), linear=taken)
 
 
 def _leaning(

@@ -130,16 +130,21 @@ def _update_map(
     )
 
 
-def update_at(
-    context: AuditContext, params: Mapping[str, Array], task: AuditTask, inputs: Array, *, device: str = "cpu"
-) -> dict[str, Numbers]:
-    """Returns the update that a client's local training gives at other inputs than its own, by parameter name.
+def updates_at(
+    context: AuditContext,
+    params: Mapping[str, Array],
+    task: AuditTask,
+    inputs: Sequence[Array],
+    *,
+    device: str = "cpu",
+) -> list[dict[str, Numbers]]:
+    """Returns the update that a client's local training gives at each of several inputs, by parameter name.
 
     Args:
         context: Model, loss and settings.
         params: Global arrays of the round by name.
         task: A client's, whose training can be reproduced.
-        inputs: `[N, *shape]` in place of those that its model was trained on.
+        inputs: Each `[N, *shape]`, in place of those that its model was trained on.
         device: Where to compute, a torch device name.
     """
     layout = ParameterLayout.of(context.model)
@@ -148,12 +153,13 @@ def update_at(
     given, labels = (to_tensor(part, place, dtype)[None] for part in (task.given, task.labels))
     shared = flat_update(layout, task.shared, place, dtype)[None]
     replay = replay_training(context, theta, [task], given, labels, shared)
-    other = to_tensor(inputs, place, dtype)[None]
-    at_other = UpdateJacobian(replay.update, theta, other, labels, memory_budget=context.settings.memory_budget)
-    parts = torch.split(at_other.update()[0].cpu(), list(layout.sizes))
-    return {
-        name: part.reshape(shape).numpy() for name, part, shape in zip(layout.names, parts, layout.shapes, strict=True)
-    }
+    updates = []
+    for chosen in inputs:
+        other = to_tensor(chosen, place, dtype)[None]
+        at_other = UpdateJacobian(replay.update, theta, other, labels, memory_budget=context.settings.memory_budget)
+        parts = layout.unflatten(at_other.update().cpu())
+        updates.append({name: part[0].numpy() for name, part in parts.items()})
+    return updates
 
 
 def to_tensor(array: Array, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -17,6 +17,9 @@ Covariance = Literal["client", "public", "white"]
 """What shapes noise on inputs: the G of each private example, which tells a little of it; that of public examples,
 which tells nothing; or nothing, as much noise in every direction."""
 
+RELU_WIDTH = 0.15
+"""Width by which audits round ReLUs off, unless told otherwise."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AuditSettings:
@@ -60,7 +63,7 @@ class AuditSettings:
     replay_rtol: float = 1e-3
     precision: Precision = "auto"
     batch_norm: BatchNorm = "auto"
-    relu_width: float = 0.15
+    relu_width: float = RELU_WIDTH
     max_local_steps: int = 1024
     memory_budget: int = 2 * 1024**3
     seed: int = 0

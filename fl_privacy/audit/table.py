@@ -20,6 +20,7 @@ from fl_privacy.audit.wording import (
     natural_key,
     number_text,
     plain,
+    rounded_up,
     shortened,
 )
 from fl_privacy.interval import Interval
@@ -172,15 +173,10 @@ class _Acted:
         cells = [number_text(row.applied_noise_std if row else None)] if self._noise else []
         if not self._passed:
             return cells
-        limit = ABSENT if row is None or row.passed_leakage is None else f"≤ {_hundredths(row.passed_leakage)}"
+        limit = ABSENT if row is None or row.passed_leakage is None else f"≤ {rounded_up(row.passed_leakage)}"
         if self._together and row is not None and row.rounds_passed_leakage is not None:
-            limit += f", {_hundredths(row.rounds_passed_leakage.upper)}"
+            limit += f", {rounded_up(row.rounds_passed_leakage.upper)}"
         return [*cells, limit]
-
-
-def _hundredths(leakage: float) -> str:
-    """Returns an upper end, rounded up."""
-    return f"{math.ceil(100 * min(1.0, leakage)) / 100:.2f}"
 
 
 def _table(title: str | None) -> Table:

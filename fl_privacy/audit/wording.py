@@ -27,7 +27,12 @@ def leakage_text(interval: Interval[float] | None) -> str:
 
 def at_most_text(interval: Interval[float] | None) -> str:
     """Returns `≤ 0.93`, where it is the upper end that matters."""
-    return ABSENT if interval is None else f"≤ {_rounded(min(1.0, interval.upper), 2, ROUND_CEILING)}"
+    return ABSENT if interval is None else f"≤ {rounded_up(interval.upper)}"
+
+
+def rounded_up(leakage: float) -> str:
+    """Returns the upper end of a leakage in two decimals, rounded up."""
+    return _rounded(min(1.0, leakage), 2, ROUND_CEILING)
 
 
 def about_text(row: LeakageEstimate | None) -> str:

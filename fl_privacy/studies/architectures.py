@@ -146,14 +146,17 @@ def _rows(settings: ArchitecturesSettings, model: str, group: list[int], level: 
             )
 
 
+def initialization_of(model: str) -> Initialization:
+    """Returns the paper's initialisation for its LeNet, and for others, which under it nobody trains, their own."""
+    return "uniform" if model == "lenet" else "default"
+
+
 def _scene_settings(settings: ArchitecturesSettings, model: str) -> SceneSettings:
-    # The paper's weights are those of its LeNet; norms and attention under them are no network that anybody trains.
-    initialization: Initialization = "uniform" if model == "lenet" else "default"
     return SceneSettings(
         dataset=settings.dataset,
         data_root=settings.data_root,
         model=model,
-        initialization=initialization,
+        initialization=initialization_of(model),
         num_images=settings.num_images,
         seed=settings.seed,
     )

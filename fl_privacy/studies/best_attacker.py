@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fl_privacy.attacks import AttackProblem, GaussianPrior, IsotropicNoise
-from fl_privacy.audit.settings import AuditSettings
+from fl_privacy.audit.settings import RELU_WIDTH
 from fl_privacy.influence.jacobian import UpdateJacobian
 from fl_privacy.influence.rounding import rounded_off
 from fl_privacy.influence.spectrum import estimate_spectrum
@@ -49,9 +49,7 @@ class BestAttackerSettings(Settings):
     prior_std: float = option(0.5, "Standard deviation of the inputs.", above=0)
     num_chains: int = option(4, "Markov chains for each input.", minimum=1)
     steps: int = option(6000, "Steps of each, the first quarter of which finds the stride.", minimum=8)
-    width: float = option(
-        AuditSettings().relu_width, "Width of rounded ReLUs, relative to what they see; default: as audits.", above=0
-    )
+    width: float = option(RELU_WIDTH, "Width of rounded ReLUs, relative to what they see; default: as audits.", above=0)
     seed: int = option(0, "Of everything.", minimum=0)
 
 

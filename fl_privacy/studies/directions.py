@@ -25,7 +25,7 @@ from fl_privacy.influence.jacobian import UpdateJacobian
 from fl_privacy.studies.results import Portion
 from fl_privacy.studies.scene import Scene, SceneSettings
 from fl_privacy.studies.settings import option
-from fl_privacy.studies.study import Study, Summary
+from fl_privacy.studies.study import Study, Summary, spread_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -159,7 +159,7 @@ def _summarize(settings: DirectionsSettings, rows: Sequence[DirectionRow]) -> Su
             (
                 f"{norm:g}",
                 f"{statistics.median(row.error / row.law for row in of_norm):.3g}",
-                f"{statistics.median(ratios):.3g} [{min(ratios):.3g}, {max(ratios):.3g}]",
+                spread_text(ratios),
                 f"{slope(of_norm):.3f}",
                 f"{statistics.median(row.alignment for row in of_norm):.3f}",
                 f"{sum(map(_linear, of_norm))} of {len(of_norm)}",

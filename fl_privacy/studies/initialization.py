@@ -19,7 +19,7 @@ from fl_privacy.reference.initialization import Initialization
 from fl_privacy.studies.results import Portion
 from fl_privacy.studies.scene import ImageSettings, Scene, SceneSettings
 from fl_privacy.studies.settings import option
-from fl_privacy.studies.study import Study, Summary
+from fl_privacy.studies.study import Study, Summary, grouped, spread_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -109,7 +109,7 @@ def _rows(settings: InitializationSettings, name: Initialization, draw: int) -> 
 
 
 def _summarize(settings: InitializationSettings, rows: Sequence[InitializationRow]) -> Summary:
-    by_name = _by_initialization(rows)
+    by_name = grouped(rows, lambda row: row.initialization)
     predicted = sorted(by_name, key=lambda name: statistics.median(row.predicted for row in by_name[name]))
     reached = sorted(by_name, key=lambda name: statistics.median(row.error for row in by_name[name]))
     relative = sorted(by_name, key=lambda name: -statistics.median(row.relative_leakage for row in by_name[name]))
@@ -118,13 +118,13 @@ def _summarize(settings: InitializationSettings, rows: Sequence[InitializationRo
     lines = tuple(
         (
             name,
-            _spread([row.gradient_norm for row in members]),
-            _spread([row.leakage for row in members]),
-            _spread([row.predicted for row in members]),
-            _spread([row.error for row in members]),
-            _spread([row.required_noise_std for row in members]),
-            _spread([row.relative_leakage for row in members]),
-            _spread([row.required_relative_noise for row in members]),
+            spread_text([row.gradient_norm for row in members]),
+            spread_text([row.leakage for row in members]),
+            spread_text([row.predicted for row in members]),
+            spread_text([row.error for row in members]),
+            spread_text([row.required_noise_std for row in members]),
+            spread_text([row.relative_leakage for row in members]),
+            spread_text([row.required_relative_noise for row in members]),
         )
         for name, members in by_name.items()
     )
@@ -146,18 +146,9 @@ def _summarize(settings: InitializationSettings, rows: Sequence[InitializationRo
     )
 
 
-def _by_initialization(rows: Sequence[InitializationRow]) -> dict[str, list[InitializationRow]]:
-    names = dict.fromkeys(row.initialization for row in rows)
-    return {name: [row for row in rows if row.initialization == name] for name in names}
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.3g} [{min(values):.3g}, {max(values):.3g}]"
-
-
 def _draw(settings: InitializationSettings, rows: Sequence[InitializationRow], figure: Figure) -> None:
     left, middle, right = figure.subplots(1, 3)
-    by_name = _by_initialization(rows)
+    by_name = grouped(rows, lambda row: row.initialization)
     names = list(by_name)
     for place, (name, members) in enumerate(by_name.items()):
         left.scatter([row.predicted for row in members], [row.error for row in members], s=14, label=name)

@@ -9,7 +9,6 @@ The table stays out because its gradient needs no attack: the rows that are not 
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from fl_privacy.influence.update import GradientUpdate
 from fl_privacy.reference.models import TransformerBlock
 from fl_privacy.studies.results import Portion
 from fl_privacy.studies.settings import Settings, option
-from fl_privacy.studies.study import Study, Summary
+from fl_privacy.studies.study import Study, Summary, spread_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -270,11 +269,11 @@ def _summarize(settings: LanguageSettings, rows: Sequence[LanguageRow]) -> Summa
         lines.append(
             (
                 f"{relative:g}",
-                _spread([row.leakage for row in alike]),
-                _spread([row.recovered for row in alike]),
-                _spread([row.anywhere for row in alike]),
-                _spread([row.predicted for row in alike]),
-                _spread([row.error for row in alike]),
+                spread_text([row.leakage for row in alike]),
+                spread_text([row.recovered for row in alike]),
+                spread_text([row.anywhere for row in alike]),
+                spread_text([row.predicted for row in alike]),
+                spread_text([row.error for row in alike]),
                 str(sum(not row.explained for row in alike)),
             )
         )
@@ -283,7 +282,7 @@ def _summarize(settings: LanguageSettings, rows: Sequence[LanguageRow]) -> Summa
         f"A classifier with {rows[0].accuracy:.1%} accuracy; {len({row.sentence for row in rows})} sentences of "
         f"{min(row.words for row in rows)} to {max(row.words for row in rows)} words. "
         "Noise is relative to the norm of the gradient; cells are medians [least, most]. Attack's over predicted error "
-        f"where the attack explains the gradient: {_spread(ratios) if ratios else 'nowhere'}.",
+        f"where the attack explains the gradient: {spread_text(ratios) if ratios else 'nowhere'}.",
         (
             "σ/‖g‖",
             "leakage",
@@ -295,10 +294,6 @@ def _summarize(settings: LanguageSettings, rows: Sequence[LanguageRow]) -> Summa
         ),
         tuple(lines),
     )
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.3g} [{min(values):.3g}, {max(values):.3g}]"
 
 
 def _draw(settings: LanguageSettings, rows: Sequence[LanguageRow], figure: Figure) -> None:

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from fl_privacy.audit.settings import AuditSettings
+from fl_privacy.audit.settings import RELU_WIDTH
 from fl_privacy.influence.linearity import change_ratio
 from fl_privacy.influence.rounding import has_kinks, rounded_off, with_relus_replaced
-from fl_privacy.studies.architectures import Architecture
+from fl_privacy.studies.architectures import Architecture, initialization_of
 from fl_privacy.studies.results import Portion
 from fl_privacy.studies.scene import Scene, SceneSettings
 from fl_privacy.studies.settings import Settings, option
-from fl_privacy.studies.study import Study, Summary
+from fl_privacy.studies.study import Study, Summary, grouped, spread_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,9 +45,7 @@ class LinearitySettings(Settings):
     shifts: tuple[float, ...] = option(
         (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3), "Random shifts, root mean square per input element.", above=0
     )
-    width: float = option(
-        AuditSettings().relu_width, "Width of rounded ReLUs, relative to what they see; default: as audits.", above=0
-    )
+    width: float = option(RELU_WIDTH, "Width of rounded ReLUs, relative to what they see; default: as audits.", above=0)
     seed: int = option(0, "Of initialization and shifts.", minimum=0)
 
 
@@ -71,7 +69,7 @@ def _portions(settings: LinearitySettings) -> Iterator[Portion[LinearityRow]]:
                 dataset=settings.dataset,
                 data_root=settings.data_root,
                 model=model,
-                initialization="uniform" if model == "lenet" else "default",
+                initialization=initialization_of(model),
                 num_images=settings.num_images,
                 seed=settings.seed,
             )
@@ -97,9 +95,9 @@ def _rows(settings: LinearitySettings, name: str, scene: Scene, linear: Scene) -
 
 
 def _summarize(settings: LinearitySettings, rows: Sequence[LinearityRow]) -> Summary:
-    by_model = _by_model(rows)
+    by_model = grouped(rows, lambda row: row.model)
     lines = tuple(
-        (name, *(_spread([row.ratio for row in members if row.shift == shift]) for shift in settings.shifts))
+        (name, *(spread_text([row.ratio for row in members if row.shift == shift], ".2f") for shift in settings.shifts))
         for name, members in by_model.items()
     )
     audited = [row.ratio for row in rows if row.model.endswith(_AUDITED)]
@@ -120,18 +118,9 @@ def _summarize(settings: LinearitySettings, rows: Sequence[LinearityRow]) -> Sum
     )
 
 
-def _by_model(rows: Sequence[LinearityRow]) -> dict[str, list[LinearityRow]]:
-    names = dict.fromkeys(row.model for row in rows)
-    return {name: [row for row in rows if row.model == name] for name in names}
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
-
-
 def _draw(settings: LinearitySettings, rows: Sequence[LinearityRow], figure: Figure) -> None:
     axis = figure.subplots()
-    by_model = _by_model(rows)
+    by_model = grouped(rows, lambda row: row.model)
     base = {name: name.removesuffix(_SMOOTH).removesuffix(_AUDITED) for name in by_model}
     colours = {name: f"C{place}" for place, name in enumerate(dict.fromkeys(base.values()))}
     for name, members in by_model.items():

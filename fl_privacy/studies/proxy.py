@@ -26,7 +26,7 @@ from fl_privacy.audit.claims import find_traces
 from fl_privacy.audit.estimate import Source
 from fl_privacy.audit.proxy import ObservedUpdate, PublicJacobians
 from fl_privacy.audit.public import UpdateTask
-from fl_privacy.audit.settings import AuditSettings
+from fl_privacy.audit.settings import RELU_WIDTH
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.extras import require
 from fl_privacy.influence.jacobian import UpdateJacobian
@@ -144,7 +144,7 @@ def _rows(
 ) -> Iterator[ProxyRow]:
     stage = stage_after(steps)
     if not known:
-        gradient = rounded_off(GradientUpdate(stage.model, nn.CrossEntropyLoss()), AuditSettings().relu_width)
+        gradient = rounded_off(GradientUpdate(stage.model, nn.CrossEntropyLoss()), RELU_WIDTH)
         known.append(PublicJacobians.of(gradient, stage.params, scene.images[:, 0], scene.labels[:, 0]))
     update = _client_update(settings, stage.model, size)
     images, labels = private.select(slice(0, settings.num_images * size))
@@ -200,7 +200,7 @@ def _required(
     examples = min(size, _MOST_EXAMPLES)
     client_of = torch.arange(clients).repeat_interleave(examples)
     private = torch.arange(examples).repeat(clients)
-    smooth = rounded_off(update, AuditSettings().relu_width)  # as an audit takes it
+    smooth = rounded_off(update, RELU_WIDTH)  # as an audit takes it
     jacobian = UpdateJacobian(smooth, params, images[client_of], labels[client_of], private=private)
     required = estimate_spectrum(jacobian).required_noise_std(settings.target_leakage, scene.prior.std)
     return required.reshape(clients, examples).amax(1)

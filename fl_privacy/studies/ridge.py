@@ -23,7 +23,7 @@ from fl_privacy.influence.spectrum import estimate_spectrum
 from fl_privacy.studies.results import Portion
 from fl_privacy.studies.scene import Scene, SceneSettings, groups
 from fl_privacy.studies.settings import option
-from fl_privacy.studies.study import Study, Summary
+from fl_privacy.studies.study import Study, Summary, spread_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -109,7 +109,7 @@ def _summarize(settings: RidgeSettings, rows: Sequence[RidgeRow]) -> Summary:
     for prediction in dict.fromkeys(row.prediction for row in rows):
         of_ridge = [row for row in rows if row.prediction == prediction]
         deviations[prediction] = statistics.median(abs(math.log10(row.ratio)) for row in of_ridge)
-        cells = [_spread([row.ratio for row in of_ridge if row.noise_std == std]) for std in settings.noise_stds]
+        cells = [spread_text([row.ratio for row in of_ridge if row.noise_std == std]) for std in settings.noise_stds]
         lines.append((prediction, *cells))
     best = min(deviations, key=lambda name: deviations[name])
     factors = ", ".join(f"{name}: {10**value:.3g}" for name, value in deviations.items())
@@ -121,10 +121,6 @@ def _summarize(settings: RidgeSettings, rows: Sequence[RidgeRow]) -> Summary:
         ("ridge", *(f"σ = {std:g}" for std in settings.noise_stds)),
         tuple(lines),
     )
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.3g} [{min(values):.3g}, {max(values):.3g}]"
 
 
 def _draw(settings: RidgeSettings, rows: Sequence[RidgeRow], figure: Figure) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,19 @@ class Study(Generic[S, R]):
     summarize: Callable[[S, Sequence[R]], Summary]
     draw: Callable[[S, Sequence[R], Figure], None]
     figure_size: tuple[float, float] = (6.4, 4.8)
+
+
+def grouped(rows: Iterable[R], name: Callable[[R], str]) -> dict[str, list[R]]:
+    """Returns rows by a name of theirs, in the order in which names first occur."""
+    groups: dict[str, list[R]] = {}
+    for row in rows:
+        groups.setdefault(name(row), []).append(row)
+    return groups
+
+
+def spread_text(values: Sequence[float], form: str = ".3g") -> str:
+    """Returns `median [least, most]`, each in a format."""
+    return f"{statistics.median(values):{form}} [{min(values):{form}}, {max(values):{form}}]"
 
 
 def conduct(study: Study[S, Any], settings: S, folder: Path, *, progress: Progress | None = None) -> list[Any]:
