@@ -28,10 +28,10 @@ from fl_privacy.attacks import GaussianPrior
 from fl_privacy.audit.family import cheaper_family
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.influence.jacobian import UpdateJacobian
-from fl_privacy.influence.operators import MeanGram
+from fl_privacy.influence.operators import GramSum, MeanGram
 from fl_privacy.influence.quadrature import eigenvalue_rule
 from fl_privacy.influence.recommendation import recommend_noise
-from fl_privacy.influence.spectrum import Spectrum, dense_gram
+from fl_privacy.influence.spectrum import Spectrum, dense_gram, estimate_spectrum
 from fl_privacy.influence.update import GradientUpdate
 from fl_privacy.reference import build_model, load_dataset
 from fl_privacy.studies.results import Portion
@@ -46,6 +46,8 @@ _SLACK = 1.02
 """Measured leakage over its target from which on an arm has missed it."""
 _TRIES, _STEP = 14, 0.25
 """Most runs in search of the factor on isotropic noise, and the steps in its logarithm."""
+_FORMED = 1024
+"""Elements of the largest input whose G is formed; of larger ones it is known by products, and leakage is sampled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,24 +137,52 @@ class _Federation:
             outputs: Tensor = functional_call(self.model, params, (x,))
         return float((outputs.argmax(1) == y).double().mean())
 
-    def grams(self, params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        """G of single examples `[n, D, D]`."""
-        jacobian = UpdateJacobian(GradientUpdate(self.model, nn.CrossEntropyLoss()), params, x[:, None], y[:, None])
-        return torch.stack([dense_gram(jacobian, unit) for unit in range(len(x))])
+    def audited(self, params: dict[str, Tensor]) -> _Share:
+        """What one share at some parameters tells of the audited examples."""
+        x, y, *_ = self.data
+        chosen = slice(0, self.settings.num_audited)
+        jacobian = self.jacobian(params, x[chosen], y[chosen])
+        return _Share(jacobian, _formed(jacobian) if jacobian.input_dim <= _FORMED else None)
+
+    def jacobian(self, params: dict[str, Tensor], x: Tensor, y: Tensor) -> UpdateJacobian:
+        """Of the gradients of single examples."""
+        return UpdateJacobian(GradientUpdate(self.model, nn.CrossEntropyLoss()), params, x[:, None], y[:, None])
 
     @cached_property
     def public_law(self) -> tuple[Spectrum, Tensor, Tensor]:
         """Spectrum, eigenvalues and eigenvectors of the public covariance, at the start."""
         _, _, x, y, _, _ = self.data
         n = self.settings.num_public
-        update = GradientUpdate(self.model, nn.CrossEntropyLoss())
-        public = MeanGram(UpdateJacobian(update, self.start, x[:n, None], y[:n, None]))
-        gram = self.grams(self.start, x[:n], y[:n]).mean(0)
-        rule = eigenvalue_rule(gram[None])
-        resolution = torch.finfo(torch.float32).eps * rule.largest
-        dim = public.input_dim
-        spectrum = Spectrum(rule, rule, dim, public.update_dim, resolution, torch.tensor([dim]), exact=True)
-        return spectrum, *torch.linalg.eigh(gram)
+        jacobian = self.jacobian(self.start, x[:n], y[:n])
+        gram = _formed(jacobian).mean(0)
+        return _exact_spectrum(gram[None], MeanGram(jacobian).update_dim), *torch.linalg.eigh(gram)
+
+
+@dataclass(frozen=True, eq=False)
+class _Share:
+    """G_t of the audited examples at one θ: by products, and formed `[n, D, D]` where inputs are small."""
+
+    jacobian: UpdateJacobian
+    gram: Tensor | None
+
+
+def _formed(jacobian: UpdateJacobian) -> Tensor:
+    return torch.stack([dense_gram(jacobian, unit) for unit in range(jacobian.num_units)])
+
+
+def _exact_spectrum(gram: Tensor, update_dim: int) -> Spectrum:
+    rule, (units, dim, _) = eigenvalue_rule(gram), gram.shape
+    resolution = torch.finfo(torch.float32).eps * rule.largest
+    return Spectrum(rule, rule, dim, update_dim, resolution, torch.full((units,), dim), exact=True)
+
+
+def _together(shares: Sequence[_Share], noise_stds: Sequence[float]) -> Spectrum:
+    """The spectrum of Σ_t G_t/σ_t²."""
+    formed = [share.gram for share in shares if share.gram is not None]
+    if formed:
+        total = sum((gram / std**2 for gram, std in zip(formed, noise_stds, strict=True)), torch.zeros_like(formed[0]))
+        return _exact_spectrum(total, sum(share.jacobian.update_dim for share in shares))
+    return estimate_spectrum(GramSum([share.jacobian for share in shares], noise_stds=noise_stds))
 
 
 def _train(
@@ -166,8 +196,8 @@ def _train(
     kept: Tensor | None = None,
     fresh: Tensor | None = None,
     pruned: tuple[int, int] | None = None,
-) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Returns the parameters after the last round and, with isotropic noise, Σ G_t/σ_t² `[n, D, D]` of the audited.
+) -> tuple[dict[str, Tensor], Spectrum | None]:
+    """Returns the parameters after the last round and, with isotropic noise, the spectrum of the audited's Σ G_t/σ_t².
 
     Args:
         federation: Who trains.
@@ -184,12 +214,12 @@ def _train(
     x, y, *_ = federation.data
     params, velocity = federation.start, {name: torch.zeros_like(p) for name, p in federation.start.items()}
     at = torch.linspace(0, num_rounds - 1, min(settings.checkpoints, num_rounds)).round().long().tolist()
-    audited = slice(0, settings.num_audited)
-    shown, stds = [], []
+    shown: list[_Share] = []
+    stds: list[float] = []
     for t in range(num_rounds):
         if target is not None and t in at:
-            shown.append(federation.grams(params, x[audited], y[audited]))
-            stds.append(factor * _noise_for(shown[-1], target, federation.prior.std))
+            shown.append(federation.audited(params))
+            stds.append(factor * _noise_for(_together(shown[-1:], [1.0]), target, federation.prior.std))
         noise_std = dilution * stds[-1] if stds else 0.0
         inputs = x
         if kept is not None:
@@ -206,17 +236,21 @@ def _train(
             noisy = g + noise_std * torch.randn(g.shape, generator=generator) if noise_std else g
             velocity[name] = settings.momentum * velocity[name] + noisy
         params = {name: p - settings.lr * velocity[name] for name, p in params.items()}
-    return params, _interpolated_sum(shown, stds, at) if target is not None else None
+    if target is None:
+        return params, None
+    return params, _together(shown, [weight**-0.5 for weight in _interpolated_weights(stds, at)])
 
 
-def _interpolated_sum(shown: list[Tensor], stds: list[float], at: list[int]) -> Tensor:
-    """Σ_t G_t/σ_t² over all rounds, G_t interpolated between those at some, from each of which on σ_t was kept."""
-    total = torch.zeros_like(shown[0])
-    for (first, last), (a, b), std in zip(pairwise(at), pairwise(shown), stds, strict=False):
+def _interpolated_weights(stds: list[float], at: list[int]) -> list[float]:
+    """Of the G_t at some rounds in Σ_t G_t/σ_t² over all: between them G_t is interpolated, and σ_t kept."""
+    weights = [0.0] * len(at)
+    for index, (first, last) in enumerate(pairwise(at)):
         for t in range(first, last):
-            weight = (t - first) / (last - first)
-            total += ((1 - weight) * a + weight * b) / std**2
-    return total + shown[-1] / stds[-1] ** 2
+            beyond = (t - first) / (last - first)
+            weights[index] += (1 - beyond) / stds[index] ** 2
+            weights[index + 1] += beyond / stds[index] ** 2
+    weights[-1] += 1 / stds[-1] ** 2
+    return weights
 
 
 def _pruned_gradient(
@@ -244,20 +278,17 @@ def _pruned_gradient(
     return total
 
 
-def _leakage(information: Tensor, tau: float) -> Tensor:
-    """(1/D) Σ m/(m + 1/τ²) of the eigenvalues m of JᵀC⁻¹J, `[n]`."""
-    eigenvalues = torch.linalg.eigvalsh(information).clamp(min=0)
-    share: Tensor = eigenvalues / (eigenvalues + 1 / tau**2)
-    return share.mean(-1)
+def _leakage(spectrum: Spectrum, noise_std: float, tau: float) -> float:
+    """Of the audited examples, mean."""
+    return float(spectrum.leakage(noise_std, tau).value.mean())
 
 
-def _noise_for(total: Tensor, target: float, tau: float) -> float:
+def _noise_for(spectrum: Spectrum, target: float, tau: float) -> float:
     """The σ of a client of one example at which the audited ones leak the target on average, over all rounds."""
-    eigenvalues = torch.linalg.eigvalsh(total).clamp(min=0)
     low, high = -40.0, 40.0
     for _ in range(100):
         middle = (low + high) / 2
-        leaks = float((eigenvalues / (eigenvalues + math.exp(2 * middle) / tau**2)).mean()) > target
+        leaks = _leakage(spectrum, math.exp(middle), tau) > target
         low, high = (middle, high) if leaks else (low, middle)
     return math.exp(high)
 
@@ -284,10 +315,9 @@ def _rows(federation: _Federation, num_rounds: int) -> Iterator[AccuracyRow]:
     settings, tau = federation.settings, federation.prior.std
     generator = torch.Generator().manual_seed(1_000_003 * federation.seed + num_rounds)
     params, _ = _train(federation, num_rounds, generator)
-    audited = slice(0, settings.num_audited)
     x, y, *_ = federation.data
-    start = federation.grams(federation.start, x[audited], y[audited])
-    undefended = float(_leakage(start * 1e12, tau).mean())
+    start = _together([federation.audited(federation.start)], [1.0])
+    undefended = _leakage(start, 1e-6, tau)
     mean = federation.gradient(federation.start, x, y)
     norm = math.sqrt(sum(float(g.square().sum()) for g in mean.values()))
     update_dim = sum(g.numel() for g in mean.values())
@@ -352,16 +382,14 @@ def _isotropic(
 ) -> tuple[float, float, float]:
     """Accuracy, leakage along the very run, and σ of a client in its first round."""
     tau, seed = federation.prior.std, 1_000_003 * federation.seed + 7 * num_rounds
-    x, y, *_ = federation.data
-    audited = slice(0, federation.settings.num_audited)
-    first = _noise_for(federation.grams(federation.start, x[audited], y[audited]), target, tau)
+    first = _noise_for(_together([federation.audited(federation.start)], [1.0]), target, tau)
 
     def run(log_factor: float) -> tuple[float, float]:
         generator = torch.Generator().manual_seed(seed)  # the same noise but for its size
         factor = math.exp(log_factor)
         params, followed = _train(federation, num_rounds, generator, target=target, factor=factor, dilution=dilution)
         assert followed is not None
-        return federation.accuracy(params), float(_leakage(followed, tau).mean())
+        return federation.accuracy(params), _leakage(followed, 1.0, tau)
 
     # Upwards to the first factor that meets the target: beyond it, noise may ruin the model, and leakage with it grow.
     tried: list[tuple[float, float, float]] = []
