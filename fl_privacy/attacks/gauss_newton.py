@@ -15,7 +15,7 @@ from fl_privacy.attacks.result import Reconstruction, StopReason, best_of
 from fl_privacy.attacks.smoothing import rounded
 from fl_privacy.attacks.step import GaussNewtonSteps, WhitenedJacobian
 from fl_privacy.errors import InvalidInputError
-from fl_privacy.influence.rounding import has_kinks
+from fl_privacy.influence.rounding import has_relus
 from fl_privacy.influence.update import UpdateMap
 
 _RIDGE_DROP = 100.0
@@ -103,7 +103,7 @@ class GaussNewton:
         starts = [problem.start()]
         for _ in range(self.num_starts - 1):
             starts.append(problem.prior.sample(problem.num_units, problem.num_private, generator))
-        widths = self.rounding if has_kinks(problem.update) else ()
+        widths = self.rounding if has_relus(problem.update) else ()
         best = best_of([self._descend(problem, x, [rounded(problem, width) for width in widths]) for x in starts])
         for _ in range(self.hops):
             open_units = (~(best.converged & best.explained)).nonzero().squeeze(1)

@@ -177,8 +177,9 @@ class LeakageEstimate:
     residual: float | None = None
     """Relative residual of the I²F solve, recomputed from the solution."""
     change_ratio: float | None = None
-    """‖u(x + a) − u(x)‖/‖J·a‖ of the worst audited example, for a random a as large as `rmse` and no smaller than 1 %
-    of `prior_std`. Far above 1 the update is not linear over the predicted error, and more leaks than this row says."""
+    """‖u(x + a) − u(x)‖/‖J·a‖ of the worst audited example, for a draw a of the predicted error, as large as `rmse` and
+    no smaller than 1 % of `prior_std`. Far from 1 the update is not linear over it, and the prediction not to be relied
+    on: above, more may leak than this row says."""
     replay_error: float | None = None
     """‖replayed − captured‖ / ‖captured‖ of the client's own undefended update."""
     input_dim: int | None = None

@@ -27,7 +27,7 @@ from fl_privacy.audit.task import Array, AuditTask, ClientUpdate
 from fl_privacy.audit.wording import joined, nonlinear_text
 from fl_privacy.influence.jacobian import UpdateJacobian
 from fl_privacy.influence.layout import ParameterLayout
-from fl_privacy.influence.linearity import change_ratio
+from fl_privacy.influence.linearity import change_ratio, likely_error
 from fl_privacy.influence.rounding import rounded_off
 from fl_privacy.influence.spectrum import Spectrum, estimate_spectrum
 from fl_privacy.influence.update import UpdateMap
@@ -207,8 +207,11 @@ def _measure(
     worst = [_worst_unit(found, required, client_of == index) for index in range(len(group))]
     at_worst = torch.tensor(worst, device=device)
     taken = jacobian.select(at_worst)
-    own = taken if smooth is replay.update else jacobian_of(replay.update, at_worst)
-    ratios = _change_ratios(own, taken, found.rmse[at_worst], settings)
+    own = jacobian_of(replay.update, at_worst)
+    finest = spectrum.required_noise_std(1 - _SMALLEST_SHIFT**2, settings.prior_std)  # leaves an error of that size
+    std = torch.maximum(credited[client_of], finest.nan_to_num(0.0))
+    ridge = torch.maximum((std / settings.prior_std) ** 2, 10 * spectrum.resolution.nan_to_num(1.0))
+    ratios = _change_ratios(own, taken, found.rmse[at_worst], ridge[at_worst], settings)
     changes = _changes_by_shifts(group, replay, theta, labels, settings.memory_budget)
 
     curves = _curves(spectrum, client_of, settings.prior_std)
@@ -283,13 +286,14 @@ def _worst_unit(found: Exposure, required: Tensor, mine: Tensor) -> int:
     return max(units, key=lambda u: (_or(found.leakage.value[u], -1.0), _or(required[u], -1.0)))
 
 
-def _change_ratios(own: UpdateJacobian, taken: UpdateJacobian, rmse: Tensor, settings: AuditSettings) -> Tensor:
-    """Returns how much more each unit's update changes over its predicted error than the J taken says, `[U]`."""
+def _change_ratios(
+    own: UpdateJacobian, taken: UpdateJacobian, rmse: Tensor, ridge: Tensor, settings: AuditSettings
+) -> Tensor:
+    """Returns how much more each unit's update changes over an error as predicted than the J taken says, `[U]`."""
     assert settings.prior_std is not None
-    generator = torch.Generator().manual_seed(settings.seed)
-    direction = torch.randn(taken.num_units, taken.input_dim, generator=generator, dtype=torch.float64)
     size = rmse.double().nan_to_num(0.0).clamp(min=_SMALLEST_SHIFT * settings.prior_std)
-    return change_ratio(own, (size[:, None] * direction.to(size.device)).to(taken.dtype), linear=taken)
+    error = likely_error(taken, ridge=ridge, seed=settings.seed, max_steps=settings.max_steps).nan_to_num(0.0)
+    return change_ratio(own, size[:, None].to(error) * error, linear=taken)
 
 
 def _leaning(

@@ -12,7 +12,7 @@ from fl_privacy.interval import Interval
 ABSENT = "-"
 """Stands for a number that a row does not have."""
 _NONLINEAR = 2.0
-"""`change_ratio` above which a row says so: smooth networks stay below, ReLU networks do not (docs/validation.md)."""
+"""`change_ratio` above which a row says so (docs/validation.md)."""
 
 
 def leakage_text(interval: Interval[float] | None) -> str:
@@ -51,8 +51,8 @@ def nonlinear_text(change_ratio: float | None) -> str:
     if change_ratio is None or change_ratio <= _NONLINEAR:
         return ""
     return (
-        f"over the predicted error the update changes {change_ratio:.2g} times as much as its Jacobian says: more "
-        "leaks than this, and more noise is needed"
+        f"over the predicted error the update changes {change_ratio:.2g} times as much as its Jacobian says: to first "
+        "order is not enough here, and more may leak"
     )
 
 

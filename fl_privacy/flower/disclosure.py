@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 from fl_privacy.audit.estimate import LeakageEstimate, Source, Status
 from fl_privacy.audit.settings import Covariance
+from fl_privacy.audit.wording import joined, nonlinear_text
 from fl_privacy.errors import RecordError
 from fl_privacy.interval import Interval
 
@@ -180,6 +181,13 @@ class Disclosure:
             raise RecordError(f"expected {missing[0]} with an estimate, got none")
         return disclosure
 
+    @property
+    def _told_change_ratio(self) -> float | None:
+        """Where it is the noise's law that limits what leaks, not the Jacobian, there is nothing to tell of that."""
+        law = self.input_noise_leakage
+        limited = law is not None and self.leakage is not None and law <= self.leakage.value
+        return None if limited else self.change_ratio
+
     def applied(self, row: LeakageEstimate) -> LeakageEstimate:
         """Returns a row of the server with this disclosure in it, said to come from the client."""
         names = (*_TEXTS, "leakage", "psnr", *_FLAGS, *_COUNTS, *_SIZES, *_WORST)
@@ -188,7 +196,7 @@ class Disclosure:
             row,
             status=self.status,
             source=Source.CLIENT,
-            detail=_DETAILS.get(self.status, ""),
+            detail=joined(_DETAILS.get(self.status, ""), nonlinear_text(self._told_change_ratio)),
             required_noise_norm=(
                 None
                 if self.required_noise_std is None or self.update_dim is None

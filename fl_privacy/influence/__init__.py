@@ -11,7 +11,7 @@ from fl_privacy.influence.covariance import InputCovariance
 from fl_privacy.influence.directions import ProtectedDirections, protected_directions
 from fl_privacy.influence.i2f import Influence, influence, influence_lower_bound
 from fl_privacy.influence.jacobian import UpdateJacobian
-from fl_privacy.influence.linearity import change_ratio
+from fl_privacy.influence.linearity import change_ratio, likely_error
 from fl_privacy.influence.operators import GramSum, InputOperator, MeanGram
 from fl_privacy.influence.prior import GaussianPrior
 from fl_privacy.influence.recommendation import NoiseRecommendation, recommend_noise
@@ -40,6 +40,7 @@ __all__ = [
     "estimate_spectrum",
     "influence",
     "influence_lower_bound",
+    "likely_error",
     "own_bias",
     "protected_directions",
     "recommend_noise",

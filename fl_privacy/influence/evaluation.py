@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -14,6 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 BatchNormMode = Literal["eval", "train"]
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether examples of a batch meet in batch normalisation while the model is trained."""
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
 @contextlib.contextmanager
@@ -122,3 +128,71 @@ def _pair(value: int | Sequence[int]) -> tuple[int, int]:
         return value, value
     items = tuple(value)
     return (items[0], items[0]) if len(items) == 1 else (items[0], items[1])
+
+
+class RoundedReLUs(TorchFunctionMode):
+    """Rounds off the kinks of ReLUs, leaky ones, ReLU6 and hard tanh, as modules or as functions, in a forward pass.
+
+    Max pooling and absolute values keep theirs.
+
+    Args:
+        width: Relative to the root mean square of what a layer sees of an example.
+    """
+
+    def __init__(self, width: float) -> None:
+        super().__init__()
+        self._width = width
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Intercepts functions with kinks on tensors of numbers; every other function runs unchanged."""
+        kwargs = kwargs or {}
+        smooth = _SMOOTH.get(func)
+        if smooth is None:
+            return func(*args, **kwargs)
+        z, *rest = args or (kwargs["input"],)
+        if not z.is_floating_point():
+            return func(*args, **kwargs)
+        options = {name: value for name, value in kwargs.items() if name != "input"}
+        inplace = options.pop("inplace", False) or func in _INPLACE
+        if func in _LAST_IS_INPLACE and len(rest) == _LAST_IS_INPLACE[func]:
+            *rest, inplace = rest
+        if not inplace:
+            return smooth(z, self._of(z), *rest, **options)
+        return z.copy_(smooth(z.clone(), self._of(z), *rest, **options))  # the copy is what the backward pass needs
+
+    def _of(self, z: Tensor) -> Tensor:
+        """The width for each example `[N, 1, ...]`, of which none may depend on the others."""
+        squares = z.detach().square()
+        scale = (squares.mean(tuple(range(1, z.ndim)), keepdim=True) if z.ndim > 1 else squares).sqrt()
+        return self._width * torch.where(scale > 0, scale, 1.0)  # of zeros alone no scale is known
+
+
+def rounded_relu(z: Tensor, width: float | Tensor) -> Tensor:
+    """Returns z·Φ(z/w), with Φ the distribution function of a standard normal variable: GELU, w times as wide."""
+    return 0.5 * z * (1 + torch.erf(z / (math.sqrt(2) * width)))
+
+
+def _leaky_relu(z: Tensor, width: Tensor, negative_slope: float = 0.01) -> Tensor:
+    return negative_slope * z + (1 - negative_slope) * rounded_relu(z, width)
+
+
+def _hardtanh(z: Tensor, width: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:
+    return min_val + rounded_relu(z - min_val, width) - rounded_relu(z - max_val, width)
+
+
+def _relu6(z: Tensor, width: Tensor) -> Tensor:
+    return _hardtanh(z, width, 0.0, 6.0)
+
+
+_SMOOTH: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    **dict.fromkeys((F.relu, torch.relu, torch.Tensor.relu, torch.relu_, torch.Tensor.relu_), rounded_relu),
+    F.leaky_relu: _leaky_relu,
+    F.relu6: _relu6,
+    F.hardtanh: _hardtanh,
+}
+"""What runs in place of a function, given a width after its first argument."""
+_INPLACE = (torch.relu_, torch.Tensor.relu_)
+_LAST_IS_INPLACE = {F.relu: 1, F.leaky_relu: 2, F.relu6: 1, F.hardtanh: 3}
+"""With how many arguments after the first, given by place, the last of them is `inplace`."""

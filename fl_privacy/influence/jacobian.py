@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fl_privacy.errors import InvalidInputError
+from fl_privacy.influence.evaluation import has_batch_norm
 from fl_privacy.influence.update import Linearization, UpdateMap
 
 DEFAULT_MEMORY_BUDGET = 2 * 1024**3
@@ -346,7 +346,7 @@ def _examples_interact(update: UpdateMap, params: Mapping[str, Tensor], inputs: 
         return False
     if update.mixes_examples:
         return True
-    if update.batch_norm == "train" and any(isinstance(m, _BatchNorm) for m in update.model.modules()):
+    if update.batch_norm == "train" and has_batch_norm(update.model):
         return True
     tolerance = 1e-4 if inputs.dtype == torch.float32 else 1e-9
     distinct = 1 if inputs.stride(0) == 0 and labels.stride(0) == 0 else len(inputs)

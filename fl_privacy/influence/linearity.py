@@ -6,15 +6,18 @@ import torch
 from torch import Tensor
 
 from fl_privacy.influence.jacobian import UpdateJacobian
+from fl_privacy.influence.lanczos import Lanczos, basis_bytes
+from fl_privacy.influence.operators import InputOperator
+from fl_privacy.influence.options import check_effort, per_unit
 
 
 def change_ratio(jacobian: UpdateJacobian, shift: Tensor, *, linear: UpdateJacobian | None = None) -> Tensor:
     """Returns ‖u(x + a) − u(x)‖/‖J·a‖ `[U]`: how much more an update changes over a shift than its Jacobian says.
 
     What J says of leakage is true of inputs that differ by as much as an attacker is predicted to err if the ratio is
-    near 1 for an `a` of that size. Smooth networks keep it. The gradient of a ReLU network jumps wherever a unit
-    switches, and J, which is taken between two jumps, knows nothing of them: there the ratio is large, x + a is easier
-    to tell from x than predicted, and more leaks than predicted. That of the same network with its ReLUs rounded off
+    near 1 for an `a` like his error (`likely_error`). Small smooth networks keep it. The gradient of a ReLU network
+    jumps wherever a unit switches, and J, which is taken between two jumps, knows nothing of them: there the ratio is
+    large, and x + a easier to tell from x than J says. That of the same network with its ReLUs rounded off
     (`rounding.rounded_off`) does.
 
     Args:
@@ -30,3 +33,39 @@ def change_ratio(jacobian: UpdateJacobian, shift: Tensor, *, linear: UpdateJacob
     expected = (linear or jacobian).jvp(shift).double()
     ratio: Tensor = torch.linalg.vector_norm(change, dim=-1) / torch.linalg.vector_norm(expected, dim=-1)
     return ratio
+
+
+def likely_error(operator: InputOperator, *, ridge: float | Tensor, seed: int = 0, max_steps: int = 64) -> Tensor:
+    """Returns a draw of the error that the best linear-Gaussian attacker makes, scaled to an rms of 1, `[U, D]`.
+
+    It is σ(G + ε)^(−½)z with random normal z: little where J is large, τ·z where it is zero. There an update is most
+    likely to leave its Jacobian behind. Lanczos iteration from z that is cut short makes it more even than it is.
+
+    Args:
+        operator: G of U units.
+        ridge: ε = σ²/τ², positive, number or `[U]`.
+        seed: Of z.
+        max_steps: Most products with G per unit.
+
+    Raises:
+        InvalidInputError: An option is out of range.
+    """
+    check_effort(rtol=1.0, max_steps=max_steps)
+    epsilon = per_unit(ridge, "ridge", num_units=operator.num_units, device=operator.device)
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(operator.num_units, operator.input_dim, generator=generator, dtype=torch.float64)
+    z = z.to(device=operator.device, dtype=operator.dtype)
+    bytes_per_lane = basis_bytes(operator.input_dim, operator.dtype, max_steps)
+    return torch.cat(
+        [_drawn(chunk, z[units], epsilon[units], max_steps) for chunk, units in operator.chunks(bytes_per_lane)]
+    )
+
+
+def _drawn(operator: InputOperator, z: Tensor, epsilon: Tensor, max_steps: int) -> Tensor:
+    lanczos = Lanczos(operator, z, max_steps=max_steps)
+    lanczos.run(lambda state: torch.zeros_like(state.failed))
+    t, _ = lanczos.tridiagonal()
+    nodes, vectors = torch.linalg.eigh(torch.where(lanczos.failed[:, None, None], 0.0, t))
+    roots = (nodes.clamp(min=0) + epsilon[:, None]).rsqrt()
+    error = lanczos.combined(torch.einsum("ukj,uj->uk", vectors, roots * vectors[:, 0, :]))
+    return error / error.double().square().mean(-1, keepdim=True).sqrt().to(error)

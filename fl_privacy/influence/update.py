@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from fl_privacy.errors import InvalidInputError, NotTwiceDifferentiableError
 from fl_privacy.influence.curvature import LaneLoss, LossCurvature, mean_gradient
-from fl_privacy.influence.evaluation import BatchNormMode, audit_mode, replaced_output
+from fl_privacy.influence.evaluation import BatchNormMode, RoundedReLUs, audit_mode, replaced_output
 from fl_privacy.influence.layout import ParameterLayout
 
 T = TypeVar("T")
@@ -70,6 +70,8 @@ class UpdateMap(ABC):
         self.batch_norm: BatchNormMode = batch_norm
         self.input_module = input_module
         self.layout = ParameterLayout.of(model)
+        self.relu_width = 0.0
+        """To which ReLUs are rounded off, relative to what they see; `rounding.rounded_off` makes such a map."""
         self._vectorizable = True
 
     def __call__(self, params: Mapping[str, Tensor], inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -174,11 +176,12 @@ class UpdateMap(ABC):
 
     def _forward(self, trained: Mapping[str, Tensor], constants: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         state = {**constants, **trained}
-        if self.input_module is None:
-            return functional_call(self.model, state, (inputs,))  # type: ignore[no-any-return]
-        ids = torch.zeros(inputs.shape[:-1], dtype=torch.long, device=inputs.device)
-        with replaced_output(self.model, self.input_module, inputs):
-            return functional_call(self.model, state, (ids,))  # type: ignore[no-any-return]
+        with RoundedReLUs(self.relu_width) if self.relu_width else contextlib.nullcontext():
+            if self.input_module is None:
+                return functional_call(self.model, state, (inputs,))  # type: ignore[no-any-return]
+            ids = torch.zeros(inputs.shape[:-1], dtype=torch.long, device=inputs.device)
+            with replaced_output(self.model, self.input_module, inputs):
+                return functional_call(self.model, state, (ids,))  # type: ignore[no-any-return]
 
 
 class GradientUpdate(UpdateMap):

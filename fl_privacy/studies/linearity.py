@@ -19,7 +19,7 @@ from torch import nn
 
 from fl_privacy.audit.settings import RELU_WIDTH
 from fl_privacy.influence.linearity import change_ratio
-from fl_privacy.influence.rounding import has_kinks, rounded_off, with_relus_replaced
+from fl_privacy.influence.rounding import has_relus, rounded_off, with_relus_replaced
 from fl_privacy.studies.architectures import Architecture, initialization_of
 from fl_privacy.studies.results import Portion
 from fl_privacy.studies.scene import Scene, SceneSettings
@@ -75,7 +75,7 @@ def _portions(settings: LinearitySettings) -> Iterator[Portion[LinearityRow]]:
             )
         )
         variants: dict[str, tuple[Scene, Scene]] = {model: (scene, scene)}
-        if has_kinks(scene.update):
+        if has_relus(scene.update):
             gelu = replace(scene, update=with_relus_replaced(scene.update, lambda _: nn.GELU()))
             variants[model + _SMOOTH] = (gelu, gelu)
             variants[model + _AUDITED] = (scene, replace(scene, update=rounded_off(scene.update, settings.width)))

@@ -22,7 +22,7 @@ from fl_privacy.attacks import (
 from fl_privacy.attacks.noise import Noise
 from fl_privacy.attacks.smoothing import rounded
 from fl_privacy.errors import InvalidInputError
-from fl_privacy.influence.rounding import has_kinks
+from fl_privacy.influence.rounding import has_relus
 
 from .cases import (
     F64,
@@ -164,13 +164,13 @@ def test_a_network_is_rounded_off_in_a_copy_and_narrows_to_itself() -> None:
     off = []
     for width in (0.5, 0.05, 1e-6):
         smooth = replace(problem, update=rounded(problem, width))
-        assert not has_kinks(smooth.update)
+        assert not has_relus(smooth.update)
         off.append(float((smooth.residual(truth.inputs.flatten(1)) - exact).norm() / problem.shared.norm()))
     assert off[0] > off[1] > off[2]
     assert off[2] < 0.02 * off[0]
-    assert has_kinks(problem.update)
+    assert has_relus(problem.update)
     torch.testing.assert_close(problem.residual(truth.inputs.flatten(1)), exact, rtol=0, atol=0)
-    assert not has_kinks(digits_problem(1, noise_std=1e-3).problem.update)
+    assert not has_relus(digits_problem(1, noise_std=1e-3).problem.update)
 
 
 def test_only_the_private_example_of_a_known_batch_is_rebuilt() -> None:

@@ -122,7 +122,10 @@ class TestNumbers:
         task = double_task(model, defend=lambda update: noisy(update, 1e-2))
         row = audit_one(model, task, **EXACT)
         jacobian = dense_jacobians(model, task)[row.worst_example]
-        a = row.rmse * torch.randn(1, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        values, vectors = torch.linalg.eigh(jacobian.T @ jacobian)
+        z = torch.randn(1, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        error = z @ vectors @ torch.diag((values + row.ridge).rsqrt()) @ vectors.T  # as the attacker's: (G + ε)^(−½)z
+        a = row.rmse * error / error.square().mean().sqrt()
         moved = task.inputs.copy()
         moved[row.worst_example] += a.numpy().reshape(moved[0].shape)
         change = flat(train(model, moved, task.labels, task.trace)) - flat(task.captured)

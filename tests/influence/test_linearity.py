@@ -8,7 +8,7 @@ from torch import nn
 
 from fl_privacy import GradientUpdate, LocalTrainingUpdate, UpdateJacobian
 from fl_privacy.errors import InvalidInputError
-from fl_privacy.influence import change_ratio
+from fl_privacy.influence import change_ratio, likely_error
 
 
 def jacobian_of(model, inputs, update=GradientUpdate, loss=None, **options):
@@ -56,3 +56,28 @@ def test_it_tends_to_one_for_several_steps_of_a_smooth_network():
 def test_a_shift_of_another_shape_is_refused():
     with pytest.raises(InvalidInputError, match="expected a shift of shape"):
         change_ratio(jacobian_of(nn.Linear(1, 1), inputs_of([1.0])), torch.zeros(1, 2).double())
+
+
+def test_the_likely_error_follows_the_posterior():
+    torch.manual_seed(0)
+    jacobian = jacobian_of(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)), torch.randn(1, 1, 4).double())
+    columns = torch.cat([jacobian.jvp(row[None]) for row in torch.eye(4).double()]).T
+    values, vectors = torch.linalg.eigh(columns.T @ columns)
+    ridge = 0.1 * float(values[-1])
+    errors = torch.cat([likely_error(jacobian, ridge=ridge, seed=seed) for seed in range(400)])
+    torch.testing.assert_close(errors.square().mean(1), torch.ones(400).double())
+    spread = (errors @ vectors).square().mean(0)
+    expected = 1 / (values + ridge)
+    # Scaled draw by draw, which evens the spread out a little.
+    assert (spread / spread.sum()).tolist() == pytest.approx((expected / expected.sum()).tolist(), abs=0.06)
+    assert spread[0] > 3 * spread[-1]
+
+
+def test_units_of_a_likely_error_are_solved_side_by_side_as_alone():
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)), torch.randn(3, 1, 4).double()
+    ridges = torch.tensor([1e-3, 1e-2, 1e-1]).double()
+    together = likely_error(jacobian_of(model, inputs), ridge=ridges, seed=3)
+    first = likely_error(jacobian_of(model, inputs[:1]), ridge=ridges[:1], seed=3)
+    torch.testing.assert_close(together[:1], first)
+    assert not torch.allclose(together[1], together[0], rtol=0.1)
