@@ -4,6 +4,9 @@ I²F and everything made from it take the update for linear over the distance by
 are nearly so. The gradient of a ReLU network jumps wherever a unit switches, and its Jacobian, taken between two jumps,
 does not see them. Each network with ReLUs is set beside itself with GELUs in their place (the same weights, smooth) and
 beside the Jacobian of itself with its ReLUs rounded off, which is what an audit takes.
+
+A shift is white, or like the error of the best linear-Gaussian attacker who errs as much: that lies where J is small,
+and there what J does not say weighs most.
 """
 
 from __future__ import annotations
@@ -12,14 +15,17 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fl_privacy.audit.settings import RELU_WIDTH
-from fl_privacy.influence.linearity import change_ratio
+from fl_privacy.errors import InvalidInputError
+from fl_privacy.influence.jacobian import UpdateJacobian
+from fl_privacy.influence.linearity import change_ratio, likely_error
 from fl_privacy.influence.rounding import has_relus, rounded_off, with_relus_replaced
+from fl_privacy.influence.spectrum import estimate_spectrum
 from fl_privacy.studies.architectures import Architecture, initialization_of
 from fl_privacy.studies.results import Portion
 from fl_privacy.studies.scene import Scene, SceneSettings
@@ -44,6 +50,9 @@ class LinearitySettings(Settings):
     num_images: int = option(5, "Images, the first of the test set.", minimum=1)
     shifts: tuple[float, ...] = option(
         (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3), "Random shifts, root mean square per input element.", above=0
+    )
+    direction: Literal["white", "likely"] = option(
+        "white", "Of shifts: white, or likely, as an attacker errs; of those only what is less than the inputs' spread."
     )
     width: float = option(RELU_WIDTH, "Width of rounded ReLUs, relative to what they see; default: as audits.", above=0)
     seed: int = option(0, "Of initialization and shifts.", minimum=0)
@@ -87,11 +96,25 @@ def _portions(settings: LinearitySettings) -> Iterator[Portion[LinearityRow]]:
 def _rows(settings: LinearitySettings, name: str, scene: Scene, linear: Scene) -> Iterator[LinearityRow]:
     for image in range(settings.num_images):
         jacobian, taken = scene.jacobian([image]), linear.jacobian([image])
-        generator = torch.Generator().manual_seed(1_000_003 * settings.seed + image)
-        direction = torch.randn(1, jacobian.input_dim, generator=generator, dtype=torch.float64)
-        for shift in settings.shifts:
+        for shift, direction in zip(settings.shifts, _directions(settings, scene, taken, image), strict=True):
             ratio = float(change_ratio(jacobian, shift * direction, linear=taken))
             yield LinearityRow(model=name, image=image, shift=shift, prior_std=scene.prior.std, ratio=ratio)
+
+
+def _directions(settings: LinearitySettings, scene: Scene, taken: UpdateJacobian, image: int) -> Iterator[Tensor]:
+    """A direction `[1, D]` with an rms of about 1 for each shift."""
+    seed, tau = 1_000_003 * settings.seed + image, scene.prior.std
+    if settings.direction == "white":
+        generator = torch.Generator().manual_seed(seed)
+        white = torch.randn(1, taken.input_dim, generator=generator, dtype=torch.float64)
+        yield from (white for _ in settings.shifts)
+        return
+    if max(settings.shifts) >= tau:
+        raise InvalidInputError(f"expected shifts below {tau:.3g}, the inputs' spread, got {settings.shifts}")
+    spectrum = estimate_spectrum(taken)
+    for shift in settings.shifts:
+        ridge = (spectrum.required_noise_std(1 - (shift / tau) ** 2, tau) / tau) ** 2  # at which an attacker errs so
+        yield likely_error(taken, ridge=torch.maximum(ridge, 10 * spectrum.resolution), seed=seed)
 
 
 def _summarize(settings: LinearitySettings, rows: Sequence[LinearityRow]) -> Summary:
@@ -112,7 +135,8 @@ def _summarize(settings: LinearitySettings, rows: Sequence[LinearityRow]) -> Sum
             f"{max(audited):.2f} times what the Jacobian says with the ReLUs rounded off."
         )
     return Summary(
-        f"{' '.join(sentences)} Cells: median [least, most] over {settings.num_images} images, one random shift each.",
+        f"{' '.join(sentences)} Cells: median [least, most] over {settings.num_images} images, one shift each, "
+        f"{'white' if settings.direction == 'white' else 'as an attacker errs'}.",
         ("model", *(f"{shift:g}" for shift in settings.shifts)),
         lines,
     )
@@ -142,7 +166,8 @@ def _draw(settings: LinearitySettings, rows: Sequence[LinearityRow], figure: Fig
         fontsize=8,
     )
     axis.set(xscale="log", yscale="log", xlabel="shift of the input, rms", ylabel="change of the update over ‖J·a‖")
-    axis.set_title(f"{settings.dataset}: is the update linear?")
+    kind = "white shifts" if settings.direction == "white" else "shifts as an attacker errs"
+    axis.set_title(f"{settings.dataset}, {kind}: is the update linear?")
     axis.legend(frameon=False, fontsize=8, handlelength=4)
 
 

@@ -518,6 +518,7 @@ def _draw(settings: AccuracySettings, rows: Sequence[AccuracyRow], figure: Figur
     axes = figure.subplots(len(settings.rounds), len(settings.batch_sizes), sharex=True, sharey=True, squeeze=False)
     targets = _ordered(settings)
     places = range(len(targets))
+    highest = max((row.accuracy for row in rows if row.arm == "none"), default=1.0)
     for down, num_rounds in enumerate(settings.rounds):
         for across, batch in enumerate(settings.batch_sizes):
             axis = axes[down][across]
@@ -534,7 +535,7 @@ def _draw(settings: AccuracySettings, rows: Sequence[AccuracyRow], figure: Figur
                     at = place + 0.08 * (ARMS.index(verdict.recommended) - 3)
                     height = verdict.means[verdict.recommended]
                     axis.plot([at], [height], "o", markersize=11, fillstyle="none", color="black", label="recommended")
-            axis.set(title=f"{num_rounds} rounds, batch {batch}", ylim=(0, 1))
+            axis.set(title=f"{num_rounds} rounds, batch {batch}", ylim=(0, min(1.0, 1.3 * highest)))
             axis.set_xticks(list(places), [f"{target:g}" for target in targets])
     handles, labels = axes[0][0].get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
