@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -86,6 +87,8 @@ class TestProxy:
         for row in rows.values():
             assert (row.status, row.source, row.verified) == (Status.APPROXIMATE, Source.PROXY, None)
             assert "not at the client's own" in row.detail
+            assert "after several, up to a quarter more noise is needed" in row.detail
+            assert "batch normalisation" not in row.detail
             needed = row.required_noise_interval
             assert 0 < needed.lower <= row.required_noise_std <= needed.upper
             assert 0.9 < row.leakage.lower <= row.leakage.value <= row.leakage.upper <= 1
@@ -96,6 +99,12 @@ class TestProxy:
             stored = {entry.estimate.node_id: entry.estimate for entry in ledger.rows()}
         assert stored[10].required_noise_interval == rows[10].required_noise_interval
         assert all(message.content["config"][REQUEST_KEY] == "claim" for message in grid.sent)
+
+    def test_a_model_with_batch_normalisation_is_told_that_its_intervals_hold_less_often(self):
+        normalised = partial(new_model, batch_norm=True)
+        strategy = audit("proxy", model=normalised())
+        _, rows = run(strategy, {10: of_size(1, model=normalised)}, model=normalised)
+        assert "with batch normalisation the intervals held for 58 to 75 % of clients only" in rows[10].detail
 
     def test_nothing_but_a_claim_leaves_a_client_that_would_hand_over_its_batch(self):
         replies = []

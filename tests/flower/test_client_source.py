@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -463,6 +464,22 @@ class TestDisclosure:
     def test_it_survives_strict_json(self):
         told = Disclosure.of(self.ROW, shared_norm=1.0, reveal_worst=True)
         assert Disclosure.from_dict(json.loads(json.dumps(told.to_dict(), allow_nan=False))) == told
+
+    @pytest.mark.parametrize(
+        ("found", "told"),
+        [
+            ({"change_ratio": 1.2}, False),
+            ({"change_ratio": 3.0}, True),
+            ({"change_ratio": 3.0, "status": Status.UNCONVERGED}, True),
+            ({"change_ratio": 3.0, "input_noise": "own", "input_noise_leakage": 0.01}, False),  # the noise's law limits
+        ],
+    )
+    def test_an_update_that_is_not_linear_is_told_of_as_in_a_row_of_the_server(self, found, told):
+        row = Disclosure.of(replace(self.ROW, **found), shared_norm=1.0).applied(
+            LeakageEstimate(server_round=1, client="a", status=Status.NO_REPLY)
+        )
+        assert ("changes 3 times as much as its Jacobian says" in row.detail) == told
+        assert ("budget of products ran out" in row.detail) == (row.status is Status.UNCONVERGED)
 
     def test_an_estimate_whose_numbers_are_not_finite_is_a_failed_audit(self):
         row = LeakageEstimate(**{**self.ROW.__dict__, "noise_std": math.nan})
