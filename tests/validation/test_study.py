@@ -4,10 +4,15 @@ import dataclasses
 import math
 
 import pytest
+import torch
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.image import imread
 
 from fl_privacy.attacks import GaussNewton
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.studies.results import read_rows
+from fl_privacy.studies.scene import Scene
 from fl_privacy.validation import (
     ValidationRow,
     ValidationSettings,
@@ -16,7 +21,7 @@ from fl_privacy.validation import (
     summarize,
     summarize_attacks,
 )
-from fl_privacy.validation.figure import draw_agreement
+from fl_privacy.validation.figure import _draw, draw_agreement
 from fl_privacy.validation.study import RAN
 from fl_privacy.validation.summary import inapplicable
 
@@ -54,6 +59,23 @@ class TestStudy:
 
     def test_no_error_falls_below_the_papers_bound(self, study):
         assert all(row.lower_bound < row.error for row in study[1])
+
+    def test_the_bound_is_that_of_the_dense_jacobian(self, study):
+        """J by finite differences of the gradient, and the noise that the study added."""
+        scene, step, image = Scene.of(SETTINGS), 1e-5, 2
+        x = scene.images[image]
+
+        def gradient(pixels):
+            return scene.update.layout.flatten(scene.update(scene.params, pixels, scene.labels[image]))
+
+        shifts = step * torch.eye(x.numel(), dtype=torch.float64).reshape(-1, *x.shape)
+        jacobian = torch.stack([(gradient(x + s) - gradient(x - s)) / (2 * step) for s in shifts], dim=1)
+        largest = float(torch.linalg.matrix_norm(jacobian, 2)) ** 2
+        for level, noise_std in enumerate(SETTINGS.noise_stds):
+            noise = noise_std * scene.noise([image], level)[0]
+            (found,) = [row for row in study[1] if (row.image, row.noise_std) == (image, noise_std)]
+            expected = float((jacobian.T @ noise).norm()) / largest / math.sqrt(x.numel())
+            assert found.lower_bound == pytest.approx(expected, rel=1e-3)
 
     def test_the_file_holds_the_rows(self, study):
         path, rows = study
@@ -127,8 +149,6 @@ class TestStudy:
             assert ignorant[key].error == pytest.approx(row.error, rel=0.05)  # the same attack
             for found in (row, coloured[key]):
                 assert 0.5 < found.error / found.predicted_own < 1.6
-        draw_agreement(rows, tmp_path / "corridor.png", title="LeNet, digits")
-        assert (tmp_path / "corridor.png").stat().st_size > 20_000
 
     def test_another_file_is_refused(self, tmp_path):
         path = tmp_path / "other.csv"
@@ -136,10 +156,16 @@ class TestStudy:
         with pytest.raises(InvalidInputError, match="columns of a ValidationRow"):
             read_rows(path, ValidationRow)
 
-    def test_a_figure_is_drawn(self, study, tmp_path):
-        path = tmp_path / "figures" / "agreement.png"
-        draw_agreement(study[1], path, title="LeNet, digits")
-        assert path.read_bytes().startswith(b"\x89PNG")
+    def test_a_figure_is_written_and_wider_where_there_are_several_attacks(self, study, tmp_path):
+        again = [dataclasses.replace(row, attack="another") for row in study[1]]
+        widths = []
+        for rows in (study[1], study[1] + again):
+            path = tmp_path / "figures" / "agreement.png"
+            draw_agreement(rows, path, title="LeNet, digits")
+            picture = imread(path)
+            assert picture.std() > 0.05
+            widths.append(picture.shape[1])
+        assert widths == [832, 1612]  # 6.4 and 12.4 inches
 
 
 @pytest.mark.parametrize(
@@ -233,3 +259,68 @@ class TestSummary:
     def test_no_rows(self):
         with pytest.raises(InvalidInputError, match="got none"):
             summarize([])
+
+
+RUNS = [
+    row(0, 0.1, 1.0, 2.0, attack="a", explained=False),
+    row(0, 0.1, 1.0, 3.0, attack="b", explained=False),
+    row(1, 0.1, 2.0, 1.5, attack="a"),
+    row(1, 0.1, 2.0, 4.0, attack="b", explained=False),
+    row(2, 0.1, 5.0, 6.0, attack="a"),
+    row(2, 0.1, 5.0, 5.5, attack="b"),
+    row(0, 0.2, 3.0, 7.0, attack="a"),
+    row(0, 0.2, 3.0, 8.0, attack="b"),
+]
+
+
+def drawn(rows):
+    figure = Figure()
+    _draw(rows, figure, "LeNet", len({found.attack for found in rows}) > 1)
+    return figure.axes
+
+
+def points(axes):
+    """Label, places and whether they are filled, of each scatter."""
+    return [(c.get_label(), c.get_offsets().tolist(), len(c.get_facecolors()) > 0) for c in axes.collections]
+
+
+class TestFigure:
+    def test_the_best_error_over_the_prediction_and_hollow_where_the_attack_failed(self):
+        axes = drawn(RUNS)[0]
+        assert points(axes) == [
+            ("σ = 0.1", [[2.0, 1.5], [5.0, 5.5]], True),
+            ("σ = 0.1, attack failed", [[1.0, 2.0]], False),
+            ("σ = 0.2", [[3.0, 7.0]], True),
+        ]
+        (diagonal,) = axes.lines
+        assert list(diagonal.get_xdata()) == list(diagonal.get_ydata()) == pytest.approx([1.0 / 1.3, 1.3 * 7.0])
+        assert axes.get_xlim() == axes.get_ylim() == pytest.approx((1.0 / 1.3, 1.3 * 7.0))
+        assert (axes.get_xscale(), axes.get_yscale(), axes.get_title()) == ("log", "log", "LeNet")
+
+    def test_the_corridor_of_medians_and_each_run_beside_it(self):
+        axes = drawn(RUNS)[1]
+        lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
+        levels = [0.1, 0.2]
+        assert lines == {
+            "predicted: the worst case": (levels, [2.0, 3.0]),
+            "predicted for the very images": (levels, [4.0, 6.0]),
+            "a": (levels, [2.0, 7.0]),
+            "b": (levels, [4.0, 8.0]),
+        }
+        band, *marks = axes.collections
+        heights = {x: [y for at, y in band.get_paths()[0].vertices if at == x] for x in levels}
+        for level, predicted in zip(levels, (2.0, 3.0), strict=True):
+            assert min(heights[level]) == pytest.approx(0.9 * predicted)
+            assert max(heights[level]) == pytest.approx(1.1 * predicted)
+        ordered = [found for name in "ab" for found in RUNS if found.attack == name]
+        assert len(marks) == len(ordered)
+        colours = {line.get_label(): line.get_color() for line in axes.lines}
+        for mark, found in zip(marks, ordered, strict=True):
+            ((place, height),) = mark.get_offsets().tolist()
+            assert height == found.error
+            assert 1 < place / found.noise_std < 1.2
+            assert tuple(mark.get_edgecolors()[0]) == to_rgba(colours[found.attack])
+            assert (len(mark.get_facecolors()) > 0) is found.explained
+
+    def test_one_attack_needs_no_corridor(self):
+        assert len(drawn([found for found in RUNS if found.attack == "a"])) == 1
