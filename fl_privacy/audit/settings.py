@@ -31,7 +31,8 @@ class AuditSettings:
         prior_std: τ, standard deviation per element of what an attacker believes of an input before he sees the update.
             `None`: the median over clients of that of the inputs they hand over in the first audited round.
         data_range: Range of the input's values, for PSNR. `None`: likewise.
-        ridge: ε, to reproduce the paper (which uses 1). `None`: σ²/τ², which is what gets the error right.
+        ridge: ε, to reproduce the paper (which uses 1, and a `relu_width` of 0). `None`: σ²/τ², which is what gets the
+            error right.
         max_examples: Most examples audited per client and round, for unit `example`; chosen at random.
         num_probes: Probes per unit, where the eigenvalues are not computed exactly.
         max_steps: Most Lanczos steps per probe. Where `num_probes`·`max_steps` products suffice for the whole of G
@@ -42,7 +43,7 @@ class AuditSettings:
         replay_rtol: How closely local training must be reproduced for an estimate to count as verified.
         precision: `float32`, `float64`, or `auto`: float64 where float32 does not know the answer to 0.05.
         batch_norm: Mode in which local training is replayed; `auto`: whichever reproduces what was captured.
-        relu_width: Width by which `nn.ReLU` modules are rounded off where J is taken, relative to what they see: the
+        relu_width: Width by which ReLUs are rounded off where J is taken, relative to what they see: the
             update jumps where a ReLU switches, of which the network's own J knows nothing. 0: the network's own J.
         max_local_steps: Most steps of local training that are replayed. Beyond, the estimate is unverified.
         memory_budget: Bytes of graph that one vectorised pass may keep.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fl_privacy.errors import InvalidInputError
-from fl_privacy.pictures.rebuilding import Picture
+from fl_privacy.pictures.rebuilding import Panel, Picture
 from fl_privacy.studies.study import save_figure
 
 if TYPE_CHECKING:
@@ -44,11 +44,18 @@ def draw_picture(picture: Picture, path: Path, *, title: str = "", bounds: tuple
         _show(row[0], picture.original, low, high, "original", "")
         _show(row[1], picture.prior_mean, low, high, "before any update", f"error {picture.prior_std:.3g}")
         for axes, panel in zip(row[2:], picture.panels, strict=True):
-            reached = f"reached {panel.reached:.3g}" if panel.explained else f"attack failed at {panel.reached:.3g}"
-            text = f"leaks {panel.leakage:.0%}\npredicted {panel.predicted:.3g}\n{reached}"
+            text = f"leaks {panel.leakage:.0%}\npredicted {panel.predicted:.3g}\n{reached_text(picture, panel)}"
             _show(axes, panel.rebuilt, low, high, panel.name, text)
 
-    save_figure(path, draw, size=(_PANEL * (2 + len(picture.panels)), _PANEL + (1.05 if title else 0.85)))
+    save_figure(path, draw, size=(_PANEL * (2 + len(picture.panels)), _PANEL + (1.2 if title else 1.0)))
+
+
+def reached_text(picture: Picture, panel: Panel) -> str:
+    """Returns what an attack reached, and whether that is anything: more than what is known without an update."""
+    if not panel.explained:
+        return f"attack failed at {panel.reached:.3g}"
+    nothing = "\nmore than before any update" if panel.reached > picture.prior_std else ""
+    return f"reached {panel.reached:.3g}{nothing}"
 
 
 def _show(axes: Axes, image: Tensor, low: float, high: float, title: str, text: str) -> None:

@@ -22,10 +22,12 @@ from fl_privacy.attacks import (
 from fl_privacy.attacks.mechanisms import PRECISION
 from fl_privacy.audit.perturbation import noise_blocks, observed_perturbation
 from fl_privacy.audit.replay import AuditContext, flat_update, replay_training, to_tensor
+from fl_privacy.audit.settings import RELU_WIDTH
 from fl_privacy.audit.task import Array, AuditTask
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.influence.jacobian import UpdateJacobian
 from fl_privacy.influence.layout import ParameterLayout
+from fl_privacy.influence.rounding import rounded_off
 from fl_privacy.influence.spectrum import estimate_spectrum
 from fl_privacy.influence.update import UpdateMap
 
@@ -119,7 +121,8 @@ def rebuild(
             f"expected at least one version and an example in [0, {len(inputs)}), got {len(versions)} and {example}"
         )
     private = torch.tensor([example], device=inputs.device)
-    jacobian = UpdateJacobian(update, params, inputs[None], labels[None], private=private)
+    smooth = rounded_off(update, RELU_WIDTH)  # as audits predict
+    jacobian = UpdateJacobian(smooth, params, inputs[None], labels[None], private=private)
     truth = inputs[example][None, None]
     panels = []
     for version in versions:

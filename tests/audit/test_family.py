@@ -28,7 +28,9 @@ def test_relative_noise_is_that_of_all_shares_on_the_average_of_all_clients():
     assert relative_noise(0.1, update_dim=400, average_norm=0.0, num_clients=25, shares=9) == math.inf
 
 
-@pytest.mark.parametrize(("name", "cells"), [("", 12), ("-100", 1), ("-mnist", 12), ("-cifar10", 12)])
+@pytest.mark.parametrize(
+    ("name", "cells"), [("", 12), ("-100", 1), ("-mnist", 12), ("-cifar10", 12), ("-cifar10-100", 1)]
+)
 def test_what_is_recommended_is_within_a_point_of_the_best_protected_arm_in_every_cell(name, cells):
     folder = STUDIES / f"noise-accuracy{name}"
     if not folder.is_dir():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from matplotlib.image import imread
 from fl_privacy.attacks import GaussianPrior, IndependentNoise, IsotropicNoise
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.pictures import draw_picture, rebuild_client
+from fl_privacy.pictures.drawing import reached_text
 from fl_privacy.pictures.rebuilding import observed_version
 from tests.audit.cases import PRIOR, SIDE, flat, new_context, new_model, new_task, noisy, params_of, scaled
 
@@ -92,3 +95,12 @@ def test_it_is_drawn_with_a_panel_for_each_version(picture, tmp_path):
     )
     with pytest.raises(InvalidInputError, match="expected an image"):
         draw_picture(flat_example, tmp_path / "no.png")
+
+
+def test_an_error_that_needs_no_update_is_no_success_of_an_attack(picture):
+    panel = replace(picture.panels[0], explained=True, reached=0.9 * picture.prior_std)
+    assert reached_text(picture, panel) == f"reached {panel.reached:.3g}"
+    worse = replace(panel, reached=1.1 * picture.prior_std)
+    assert reached_text(picture, worse) == f"reached {worse.reached:.3g}\nmore than before any update"
+    failed = replace(worse, explained=False)
+    assert reached_text(picture, failed) == f"attack failed at {worse.reached:.3g}"
