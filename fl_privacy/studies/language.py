@@ -298,15 +298,31 @@ def _summarize(settings: LanguageSettings, rows: Sequence[LanguageRow]) -> Summa
 
 def _draw(settings: LanguageSettings, rows: Sequence[LanguageRow], figure: Figure) -> None:
     words, errors = figure.subplots(1, 2)
-    for relative in settings.relative_stds:
-        alike = [row for row in rows if row.relative_std == relative]
-        label = f"{relative:g}"
-        words.scatter([row.leakage for row in alike], [row.anywhere for row in alike], s=24, alpha=0.7, label=label)
-        errors.scatter([row.predicted for row in alike], [row.error for row in alike], s=24, alpha=0.7)
+    for place, relative in enumerate(settings.relative_stds):
+        for explained in (True, False):
+            alike = [row for row in rows if row.relative_std == relative and row.explained is explained]
+            colour = f"C{place}"
+            words.scatter(
+                [row.leakage for row in alike],
+                [row.anywhere for row in alike],
+                s=24,
+                alpha=0.7,
+                facecolors=colour if explained else "none",
+                edgecolors=colour,
+                label=f"{relative:g}" if explained else None,
+            )
+            errors.scatter(
+                [row.predicted for row in alike],
+                [row.error for row in alike],
+                s=24,
+                alpha=0.7,
+                facecolors=colour if explained else "none",
+                edgecolors=colour,
+            )
     words.set(
         xlabel="predicted leakage of the embeddings", ylabel="share of words read, at any place", ylim=(-0.03, 1.03)
     )
-    words.legend(title="σ/‖g‖", frameon=False, fontsize=8)
+    words.legend(title="σ/‖g‖ (hollow:\nattack failed)", frameon=False, fontsize=8)
     ends = [0.0, 1.05 * max(max(row.predicted, row.error) for row in rows)]
     errors.plot(ends, ends, color="black", linewidth=1)
     errors.set(xlim=ends, ylim=ends, xlabel="predicted error", ylabel="attack's error")

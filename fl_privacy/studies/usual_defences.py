@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 _CLIPPED_TO = 0.3
 _EXACT = 1 / 512
 """Error below which nothing is left to predict: half a grey level of 256."""
+_LEAST_DRAWN = 1e-7
+_AT_LEAST = "(below 1e-7: drawn at 1e-7)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,30 +198,33 @@ def _summarize(settings: UsualDefencesSettings, rows: Sequence[UsualDefencesRow]
 def _draw(settings: UsualDefencesSettings, rows: Sequence[UsualDefencesRow], figure: Figure) -> None:
     axes = figure.subplots(1, 3, sharex=True, sharey=True)
     panels = (
-        ("equal_power", "noise of equal power"),
-        ("audited", "the audit"),
-        ("informed", "whoever knows its shape"),
+        ("equal_power", "for noise of equal power"),
+        ("audited", "by the audit"),
+        ("informed", "for whoever knows the noise's shape"),
     )
+    reached = {row: _drawn_at(min(row.error, row.informed_error)) for row in rows}
+    lowest = min(*reached.values(), *(_drawn_at(getattr(row, what)) for row in rows for what, _ in panels))
+    ends = [0.5 * lowest, 1.0]
     for axis, (what, title) in zip(axes, panels, strict=True):
         for marker, name in zip("os^Dv*X", dict.fromkeys(row.defence for row in rows), strict=False):
             chosen = [row for row in rows if row.defence == name]
             axis.scatter(
-                [max(getattr(row, what), 1e-7) for row in chosen],
-                [max(min(row.error, row.informed_error), 1e-7) for row in chosen],
+                [_drawn_at(getattr(row, what)) for row in chosen],
+                [reached[row] for row in chosen],
                 s=16,
                 marker=marker,
                 label=name,
                 alpha=0.7,
             )
-        ends = [
-            0.5 * max(1e-7, min(min(row.error, row.informed_error, row.equal_power, row.audited) for row in rows)),
-            1.0,
-        ]
         axis.plot(ends, ends, color="black", linewidth=1)
         axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends, title=f"predicted {title}")
-        axis.set_xlabel("predicted error")
-    axes[0].set_ylabel("error of the best attack that knows the mechanism")
+        axis.set_xlabel(f"predicted error {_AT_LEAST}")
+    axes[0].set_ylabel(f"error of the best attack that knows the mechanism\n{_AT_LEAST}")
     axes[0].legend(frameon=False, fontsize=8)
+
+
+def _drawn_at(error: float) -> float:
+    return max(error, _LEAST_DRAWN)
 
 
 STUDY = Study(
