@@ -6,9 +6,11 @@ import math
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from fl_privacy.cli import app
+from fl_privacy.studies import load_study
 from fl_privacy.studies.noise import NoiseRow
 from fl_privacy.studies.noise_accuracy import ARMS, AccuracyRow, _meeting
 from fl_privacy.studies.results import read_rows
@@ -100,7 +102,24 @@ def test_the_summary_and_the_figure_go_from_the_highest_target_down(tmp_path: Pa
             *("--num-seeds", "1", "--num-audited", "1", "--checkpoints", "2", "--num-public", "2", "-o", str(folder)),
         )
         lines[targets] = [line.split("|")[3].strip() for line in (folder / "summary.md").read_text().splitlines()[2:4]]
-        assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+        settings = load_study("noise-accuracy").settings(
+            num_examples=32,
+            batch_sizes=(32,),
+            rounds=(2,),
+            targets=tuple(map(float, targets.split(","))),
+            num_seeds=1,
+            num_audited=1,
+            checkpoints=2,
+            num_public=2,
+        )
+        rows, figure = read_rows(folder / "results.csv", AccuracyRow), Figure()
+        load_study("noise-accuracy").draw(settings, rows, figure)
+        (axes,) = figure.axes
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["0.5", "0.1"]
+        by_arm = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+        for arm in ("shaped kept", "white kept"):
+            accuracy = {row.target: row.accuracy for row in rows if row.arm == arm}
+            assert by_arm[arm] == [accuracy[0.5], accuracy[0.1]]
     assert lines == {key: ["0.5", "0.1"] for key in lines}
 
 
