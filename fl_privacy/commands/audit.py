@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import math
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from rich.text import Text
 from fl_privacy.audit.estimate import LeakageEstimate
 from fl_privacy.audit.settings import AuditSettings
 from fl_privacy.audit.wording import leakage_text, number_text, plain
-from fl_privacy.commands.progress import result_console, user_errors
+from fl_privacy.commands.progress import print_json, result_console, user_errors
 from fl_privacy.errors import FLPrivacyError, InvalidInputError
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ def audit(
         if row.leakage is None:
             raise InvalidInputError(f"{row.status}: {row.detail}")
     if as_json:
-        typer.echo(json.dumps(row.to_dict(), allow_nan=False))
+        print_json(row.to_dict())
     else:
         _print(row)
     if fail_above is not None and not row.leakage.upper <= fail_above:

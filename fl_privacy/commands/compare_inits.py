@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fl_privacy.commands.options import DataRootOption
-from fl_privacy.commands.progress import progress_bar, result_console, user_errors
+from fl_privacy.commands.progress import print_json, progress_bar, result_console, user_errors
 
 if TYPE_CHECKING:
     from fl_privacy.studies.comparison import InitializationExposure
@@ -58,7 +57,7 @@ def compare_inits(
         with progress_bar("comparing") as progress:
             found = compare(factory, examples, settings, progress=progress)
     if as_json:
-        typer.echo(json.dumps([asdict(exposure) for exposure in found], allow_nan=False))
+        print_json([asdict(exposure) for exposure in found])
     else:
         result_console().print(_table(model, settings.noise_std, settings.target_leakage, found))
 

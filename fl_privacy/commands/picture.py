@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +17,7 @@ from fl_privacy.commands.options import (
     NoiseOption,
     SeedOption,
 )
-from fl_privacy.commands.progress import result_console, user_errors
+from fl_privacy.commands.progress import print_json, result_console, user_errors
 
 if TYPE_CHECKING:
     from fl_privacy.pictures import Picture
@@ -65,7 +64,7 @@ def picture(
         title = f"What an attacker rebuilds of image {image} ({dataset}, {model})"
         draw_picture(drawn, output, title=title, bounds=(0.0, 1.0))
     if as_json:
-        typer.echo(json.dumps(_plain(drawn, output), allow_nan=False))
+        print_json(_plain(drawn, output))
         return
     console = result_console()
     console.print(_table(drawn))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -38,3 +41,16 @@ def user_errors() -> Iterator[None]:
 def result_console() -> Console:
     """Returns the console for results; piped, its width is fixed."""
     return Console(width=None if Console().is_terminal else _PIPED_WIDTH)
+
+
+def print_json(value: Mapping[str, Any] | list[Any]) -> None:
+    """Prints a result as strict JSON, in which a number that is not finite is null."""
+    typer.echo(json.dumps(_strict(value), allow_nan=False))
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _strict(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +11,7 @@ import typer
 from fl_privacy.audit.database import locate
 from fl_privacy.audit.ledger import Ledger
 from fl_privacy.commands.options import LedgerArgument
-from fl_privacy.commands.progress import progress_bar, user_errors
+from fl_privacy.commands.progress import print_json, progress_bar, user_errors
 
 OK, TAMPERED = 0, 1
 
@@ -37,7 +36,7 @@ def report(
     with user_errors():
         outcome = _write(ledger, output, run, head, pictures)
     if as_json:
-        typer.echo(json.dumps(outcome, allow_nan=False))
+        print_json(outcome)
     else:
         typer.echo(f"{output}: {_sentence(outcome)}")
         if not outcome["ok"]:

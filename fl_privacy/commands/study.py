@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
-from fl_privacy.commands.progress import progress_bar, result_console, user_errors
+from fl_privacy.commands.progress import print_json, progress_bar, result_console, user_errors
 from fl_privacy.studies import STUDIES, conduct, load_study
 from fl_privacy.studies.settings import Setting, settings_of
 
@@ -136,7 +135,7 @@ def _conducted(name: str) -> Any:
                 rows = conduct(chosen, settings, output, progress=progress)
             summary = chosen.summarize(settings, rows)
         if as_json:
-            typer.echo(json.dumps({"output": str(output), **asdict(summary)}, allow_nan=False))
+            print_json({"output": str(output), **asdict(summary)})
         else:
             _print(summary, output)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +17,7 @@ from fl_privacy.commands.options import (
     NoiseOption,
     SeedOption,
 )
-from fl_privacy.commands.progress import progress_bar, result_console, user_errors
+from fl_privacy.commands.progress import print_json, progress_bar, result_console, user_errors
 from fl_privacy.interval import Interval
 
 if TYPE_CHECKING:
@@ -99,7 +97,7 @@ def _validate(settings: ValidationSettings, output: Path, *, as_json: bool) -> N
     if as_json:
         found = {"overall": _plain(overall), "levels": _levels(levels), "inapplicable": unable}
         by_attack = {name: _plain(agreement) for name, agreement in attacks.items()}
-        typer.echo(json.dumps({"output": str(output), **found, "attacks": by_attack}, allow_nan=False))
+        print_json({"output": str(output), **found, "attacks": by_attack})
         return
     console.print(_table(title, overall, levels))
     if len(attacks) > 1:
@@ -114,16 +112,7 @@ def _levels(levels: dict[float, Agreement]) -> list[dict[str, Any]]:
 
 
 def _plain(agreement: Agreement) -> dict[str, Any]:
-    """Returns the figures as strict JSON holds them, which has no NaN."""
-    figures = asdict(agreement)
-    figures["spearman"] = list(agreement.spearman)
-    return {name: _finite(value) for name, value in figures.items()}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_finite(part) for part in value]
-    return value if not isinstance(value, float) or math.isfinite(value) else None
+    return {**asdict(agreement), "spearman": list(agreement.spearman)}
 
 
 def _table(title: str, overall: Agreement, levels: dict[float, Agreement]) -> Table:
