@@ -1,8 +1,15 @@
 """Two architectures on digits."""
 
-import pytest
+import math
 
+import pytest
+import torch
+
+from fl_privacy import influence, influence_lower_bound
 from fl_privacy.studies.architectures import best_rows
+from fl_privacy.studies.scene import Scene, SceneSettings
+
+from .cases import dense_jacobian
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +28,37 @@ def test_gauss_newton_reaches_what_is_predicted(rows):
     assert all(row.error == pytest.approx(row.predicted, rel=0.3) for row in found)
 
 
-def test_the_bound_is_below_i2f(rows):
-    """‖(G + ε)⁻¹Jᵀδ‖ ≥ ‖Jᵀδ‖/(λ_max + ε), which is the bound where ε is small."""
-    for row in rows:
-        assert row.influence_residual <= 1e-3
-        assert 0 < row.lower_bound <= 1.001 * row.influence * (1 + row.ridge / row.largest)
+def scene_of(model):
+    return Scene.of(SceneSettings(model=model, initialization="default", num_images=2))
+
+
+@pytest.mark.parametrize("model", ["linear", "mlp"])
+def test_bound_and_i2f_are_those_of_the_dense_jacobian(rows, model):
+    scene, image = scene_of(model), 1
+    jacobian = dense_jacobian(scene, image)
+    gram, root = jacobian.T @ jacobian, math.sqrt(scene.images[image].numel())
+    largest = float(torch.linalg.eigvalsh(gram)[-1])
+    for level, noise_std in enumerate((1e-3, 1e-2)):
+        found = [row for row in rows if (row.model, row.image, row.noise_std) == (model, image, noise_std)]
+        assert len(found) == 3
+        pulled = jacobian.T @ (noise_std * scene.noise([image], level)[0])
+        ridge = (noise_std / scene.prior.std) ** 2
+        shift = torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype), pulled)
+        for row in found:
+            assert row.ridge == pytest.approx(ridge)
+            assert row.largest == pytest.approx(largest, rel=1e-3)
+            assert row.influence_residual <= 1e-3
+            assert row.influence == pytest.approx(float(shift.norm()) / root, rel=5e-3)
+            assert row.lower_bound == pytest.approx(float(pulled.norm()) / largest / root, rel=1e-3)
+
+
+def test_along_the_top_eigenvector_the_bound_is_i2f():
+    scene = scene_of("linear")
+    left, values, _ = torch.linalg.svd(dense_jacobian(scene, 0), full_matrices=False)
+    along, jacobian = left[None, :, 0], scene.jacobian([0])
+    exact = 1 / float(values[0])
+    assert influence_lower_bound(jacobian, along).item() == pytest.approx(exact, rel=1e-3)
+    assert influence(jacobian, along, ridge=0.0).norm.item() == pytest.approx(exact, rel=1e-3)
 
 
 def test_matching_gradients_finds_the_same_and_cut_short_it_fails(rows):
