@@ -9,14 +9,27 @@ from fl_privacy.studies import best_attacker
 from fl_privacy.studies.best_attacker import BestAttackerSettings
 
 
-def test_chains_find_the_mean_of_a_posterior_that_a_large_noise_leaves_nearly_gaussian(conducted):
+def rms(rows, name):
+    return math.sqrt(sum(getattr(row, name) ** 2 for row in rows) / len(rows))
+
+
+def test_chains_find_the_mean_of_a_posterior_that_little_noise_leaves_nearly_gaussian(conducted):
     rows, _ = conducted(
         "best-attacker", activations=("tanh",), noise_stds=(1e-3,), num_inputs=6, num_chains=2, steps=400
     )
-    reached = math.sqrt(sum(row.error**2 for row in rows))
-    predicted = math.sqrt(sum(row.predicted**2 for row in rows))
-    assert reached == pytest.approx(predicted, rel=0.25)  # 96 numbers: their rms is known to 7 %
+    assert rms(rows, "error") == pytest.approx(rms(rows, "predicted"), rel=0.25)  # 96 numbers: known to 7 %
     assert all(row.predicted == row.audited for row in rows)  # nothing to round off
+    assert all(0.1 < row.accepted < 0.6 for row in rows)
+
+
+def test_of_relus_an_audit_predicts_less_error_than_their_own_jacobian_and_than_the_best_attacker_has(conducted):
+    rows, _ = conducted(
+        "best-attacker", activations=("relu",), noise_stds=(1e-3,), num_inputs=6, num_chains=2, steps=400
+    )
+    assert len(rows) == 6
+    assert all(row.audited < row.predicted for row in rows)
+    assert rms(rows, "audited") < 0.9 * rms(rows, "predicted")
+    assert rms(rows, "audited") < rms(rows, "error")
     assert all(0.1 < row.accepted < 0.6 for row in rows)
 
 
