@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import traceback
 import zlib
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,8 @@ from fl_privacy.flower.protection import InputAdvice
 from fl_privacy.strategies.replies import Reading
 from fl_privacy.strategies.shifting import InputShifting, NotShifted, Shifted
 
+_CONTESTED = re.compile(r"(.*) \(node [0-9]+\)")
+"""The name of a client that came second under it."""
 _SLACK = 1e-6
 """How much more than its target noise on inputs may leak: no more than rounding."""
 _MOST_NOISE = 1e3
@@ -65,7 +68,12 @@ class PolicyActions:
         self._targets: dict[int, float] = {}
 
     def target_of(self, client: str) -> float:
-        """Returns the leakage that a client is to be brought down to."""
+        """Returns the leakage that a client is to be brought down to.
+
+        Who comes second under a name may be its owner, so a target of its own counts for both, if it is the stricter.
+        """
+        if (contested := _CONTESTED.fullmatch(client)) and client not in self.policy.targets:
+            return min(self._target_leakage, self.policy.targets.get(contested[1], math.inf))
         return self.policy.targets.get(client, self._target_leakage)
 
     def advice_for(self, node_id: int, client: str) -> Advice | InputAdvice | None:
@@ -195,9 +203,11 @@ class PolicyActions:
         shared = reading.reply is not None and not reading.reply.has_error()
         if floor is None or self.policy.action != "advise" or self.policy.dry_run or not shared:
             return row
-        if (row.applied_noise_std or 0.0) < floor:
+        if (row.applied_noise_std or 0.0) < floor or row.claim_holds is False:
             self._bare.add(reading.node_id)
             detail = "the client did not say that it clipped its update and put the floor's noise on it"
+            if row.claim_holds is False:
+                detail = "no ε is counted for noise that is not there"
             row = replace(row, detail=joined(row.detail, detail))
         return self._with_epsilon(reading.node_id, row)
 

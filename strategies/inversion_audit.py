@@ -8,19 +8,21 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Result, Strategy
+from flwr.serverapp.strategy import Result, Strategy
 from flwr.supercore import log
 from torch import nn
 
 from fl_privacy.audit.auditor import AuditedRound, Auditor
-from fl_privacy.audit.claims import Defence, Traces, find_traces
+from fl_privacy.audit.claims import Defence, Traces, find_traces, logits_layer
 from fl_privacy.audit.estimate import LeakageEstimate, Source, Status
 from fl_privacy.audit.executor import Executor
 from fl_privacy.audit.ledger import Ledger
@@ -30,7 +32,7 @@ from fl_privacy.audit.public import PublicExamples, UpdateTask
 from fl_privacy.audit.rounds import RoundsTogether
 from fl_privacy.audit.settings import AuditSettings
 from fl_privacy.audit.task import Array, AuditTask
-from fl_privacy.audit.wording import joined
+from fl_privacy.audit.wording import joined, shortened
 from fl_privacy.errors import InvalidInputError, LedgerError
 from fl_privacy.flower.advice import Advice
 from fl_privacy.flower.protection import InputAdvice
@@ -49,6 +51,8 @@ SOURCES = (Source.TRUSTED, Source.CLIENT, Source.PROXY, Source.RECONSTRUCTED)
 """Where an audit can take the Jacobian."""
 _BLIND = (Source.PROXY, Source.RECONSTRUCTED)
 """Those for which clients hand over nothing but their update."""
+_LONGEST_DETAIL = 2000
+"""Of what a row says: clients have a hand in it."""
 
 _FAILURES = frozenset(
     {
@@ -150,7 +154,7 @@ class InversionAudit(Strategy):
         self.expected_defence = expected_defence
         self._model, self._cross_entropy = model, isinstance(loss, nn.CrossEntropyLoss)
         self.expect_aggregates = False  # whether replies that are all the same mean secure aggregation
-        self._public_lr = None if public is None else public.lr
+        self._public, self._public_lr = public, None if public is None else public.lr
         self._lr: dict[int, float] = {}
         self._names: dict[int, str] = {}
         self._requests: dict[int, Request] = {}
@@ -273,6 +277,7 @@ class InversionAudit(Strategy):
         self._audit(readings, params)
         self._actions.prepare([reading for reading in readings if self._may_pass(reading)], params)
         rows = [self._with_rounds(self._act(reading, params), reading) for reading in readings]
+        rows = [replace(row, detail=shortened(row.detail, _LONGEST_DETAIL)) for row in rows]
         self.estimates.extend(rows)
         self._write(rows)
         self._display.round(server_round, rows)
@@ -415,9 +420,16 @@ class InversionAudit(Strategy):
         row, traces = reading.row, reading.traces
         if traces is None:
             return row
-        said = {"its claim": reading.claim, "what is expected of every client": self.expected_defence}
+        put_on = row.applied_noise_std
+        said = {
+            "its claim": reading.claim,
+            "what is expected of every client": self.expected_defence,
+            "what it says that it put on": None if put_on is None else Defence(kind="noise", noise_std=put_on),
+        }
         found = {name: traces.shortfall(defence) for name, defence in said.items() if defence is not None}
         wrong = "; ".join(f"less than {name}: {shortfall}" for name, shortfall in found.items() if shortfall)
+        if wrong and row.source is Source.CLIENT and row.status.has_estimate:  # its estimate is its word, too
+            row = replace(row, status=Status.UNVERIFIED)
         return replace(
             row,
             observed_noise_std=traces.noise_std,
@@ -427,7 +439,17 @@ class InversionAudit(Strategy):
         )
 
     def _look(self, shared: Mapping[str, Array], num_examples: int | None) -> Traces:
-        return find_traces(self._model, shared, cross_entropy=self._cross_entropy, rank=num_examples)
+        return find_traces(
+            self._model, shared, cross_entropy=self._cross_entropy, rank=num_examples, logits=self._logits_layer
+        )
+
+    @cached_property
+    def _logits_layer(self) -> str | None:
+        """The layer that gives the logits, found at public inputs; `None` without them."""
+        if self._public is None:
+            return None
+        like = next(self._model.parameters())
+        return logits_layer(self._model, torch.from_numpy(np.array(self._public.inputs[:1])).to(like))
 
     def _write(self, rows: Sequence[LeakageEstimate | RoundMetrics]) -> None:
         """Appends rows to the ledger; what it does not take now is tried again with the next round's."""
@@ -499,10 +521,11 @@ def _check_public(
 
 
 def _weight_of(strategy: Strategy) -> str | None:
-    """Returns the metric by which a FedAvg, perhaps one inside other wrappers, weighs replies; else `None`."""
+    """Returns the metric by which a strategy, perhaps inside others, says that it weighs replies; else `None`."""
     while isinstance(inner := getattr(strategy, "strategy", None), Strategy):
         strategy = inner
-    return strategy.weighted_by_key if isinstance(strategy, FedAvg) else None
+    key = getattr(strategy, "weighted_by_key", None)
+    return key if isinstance(key, str) else None
 
 
 def _add_entries(message: Message, entries: Mapping[str, str]) -> None:

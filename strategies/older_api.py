@@ -127,6 +127,7 @@ class _Bridge(Strategy):
         self._older = strategy
         self._names = (list(model.state_dict()), [name for name, _ in model.named_parameters()])
         self._answered: dict[str, FitResult] = {}
+        self.weighted_by_key = _WEIGHT
         self.instructions: list[tuple[ClientProxy, FitIns]] = []
         self.failures: list[Failure] = []
         self.aggregated: tuple[Parameters | None, dict[str, Scalar]] = (None, {})

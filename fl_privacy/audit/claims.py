@@ -17,13 +17,16 @@ counts that leaves least room: noise on some layers only is found at the others.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fl_privacy.audit.task import Array
 from fl_privacy.errors import InvalidInputError
@@ -32,8 +35,8 @@ _SLACK = 0.1
 """How much less than it said a client may have done before it counts, beside what chance allows."""
 _ERRORS = 4.0
 """Standard errors that chance is allowed."""
-_FEWEST_SAMPLES = 4
-"""Fewest samples of an estimate: of less, chance is allowed everything."""
+_FEWEST_SAMPLES = 32
+"""Fewest samples of an estimate: of less, chance is allowed half of it and more, and a check would be none."""
 _LARGEST_SIDE, _MOST_ENTRIES = 1024, 2**22
 """Of a linear layer whose singular values are looked at: what a server can do for every client and round."""
 
@@ -95,7 +98,12 @@ class Traces:
 
 
 def find_traces(
-    model: nn.Module, update: Mapping[str, Array], *, cross_entropy: bool, rank: int | None = None
+    model: nn.Module,
+    update: Mapping[str, Array],
+    *,
+    cross_entropy: bool,
+    rank: int | None = None,
+    logits: str | None = None,
 ) -> Traces:
     """Returns what an update shows of its own defence.
 
@@ -103,6 +111,8 @@ def find_traces(
         model: The model that was trained; its linear layers are looked at.
         update: Shared minus global parameters, by name.
         cross_entropy: Whether the model's last linear layer gives the logits of a cross entropy.
+        logits: Name of the linear layer that gives the logits (`logits_layer`). Default: the one that is defined last.
+            Of any other layer the sums are no noise, and the estimate too large.
         rank: Most outer products behind a linear layer: examples times local steps, times positions if a layer is
             applied at several. If it is more in truth, the estimate is too large, not too small. `None`: not known.
     """
@@ -110,10 +120,11 @@ def find_traces(
         name for name, module in model.named_modules() if type(module) is nn.Linear and f"{name}.weight" in update
     ]
     found: list[tuple[float, int]] = []  # energy of noise, number of samples
-    if linear and cross_entropy:
-        weight = update[f"{linear[-1]}.weight"].astype(np.float64)
+    last = linear[-1] if linear and logits is None else logits
+    if last in linear and cross_entropy:
+        weight = update[f"{last}.weight"].astype(np.float64)
         sums = [weight.sum(0)]
-        if (bias := update.get(f"{linear[-1]}.bias")) is not None:
+        if (bias := update.get(f"{last}.bias")) is not None:
             sums.append(bias.astype(np.float64).sum(keepdims=True))
         off = np.concatenate(sums) / math.sqrt(len(weight))
         found.append((float((off**2).sum()), off.size))
@@ -128,6 +139,25 @@ def find_traces(
     size = sum(array.size for array in update.values())
     zeros = sum(int((array == 0).sum()) for array in update.values())
     return Traces(noise_std=std, samples=samples, sparsity=zeros / max(1, size))
+
+
+def logits_layer(model: nn.Module, inputs: Tensor) -> str:
+    """Returns the name of the linear layer whose output for inputs `[N, *shape]` is the model's; empty: there is none.
+
+    The model is run on a copy.
+    """
+    net = copy.deepcopy(model).eval()
+    given: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        return lambda _module, _inputs, output: given.update({name: output})
+
+    for name, module in net.named_modules():
+        if type(module) is nn.Linear:
+            module.register_forward_hook(note(name))
+    with torch.no_grad():
+        outputs = net(inputs)
+    return next((name for name, output in given.items() if torch.equal(output, outputs)), "")
 
 
 @functools.cache

@@ -17,6 +17,8 @@ from fl_privacy.audit.task import Array, ClientUpdate
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.influence.update import Loss
 
+_NEAR = 0.25
+"""How far what is seen of noise may be from what is claimed for the claim to be taken at its word."""
 _NO_NOISE = 0.01
 """Share of zeros in an update above which nobody put independent noise on all of it."""
 
@@ -117,8 +119,9 @@ class UpdateTask(ClientUpdate):
     def noise_std(self) -> float:
         """Noise per parameter to credit: what the update shows, and no more than its client says.
 
-        None for an update with many exact zeros: there is no noise on every parameter, whatever the sums of its last
-        layer say.
+        A claim counts to the letter where what is seen is within a quarter of it, and no further from it than chance
+        brings it. None for an update with many exact zeros: there is no noise on every parameter, whatever the sums of
+        its last layer say.
         """
         if self.traces.noise_std is None or self.traces.sparsity > _NO_NOISE:
             return 0.0
@@ -134,4 +137,5 @@ class UpdateTask(ClientUpdate):
     def _claim_agrees(self) -> bool:
         if not self.claimed_noise_std or self.traces.noise_std is None:
             return False
-        return abs(self.traces.noise_std / self.claimed_noise_std - 1) <= 4 * self.traces.relative_error
+        tolerance = min(4 * self.traces.relative_error, _NEAR)
+        return abs(self.traces.noise_std / self.claimed_noise_std - 1) <= tolerance

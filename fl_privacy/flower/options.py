@@ -123,7 +123,7 @@ def _limit(name: str, places: tuple[_Place, ...]) -> Any:
     place = next((place for place in places if place.value is not None), _Place("the default", default))
     try:
         value = kind(place.value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InvalidInputError(f"expected {name} as {kind.__name__} from {place.name}, got {place.value!r}") from error
     if kind is not str and not (math.isfinite(value) and value > 0):
         raise InvalidInputError(f"expected {name} > 0 from {place.name}, got {place.value!r}")

@@ -180,8 +180,9 @@ class Watch:
             return encode_report(self._report(shared))
         except Exception as error:
             log(WARNING, "fl_privacy: the report to the audit could not be made:\n%s", traceback.format_exc())
-            # An error's text may hold what the data are, and estimates are asked for where data must not leave.
-            reason = type(error).__name__ if self._request.kind == ESTIMATE else str(error)
+            # An error's text may hold what the data are: it leaves only where they do themselves.
+            handed_over = self._request.kind == BATCHES and not self._refused
+            reason = str(error) if handed_over else type(error).__name__
             return encode_report(ClientReport(client="", refused=f"the client could not make its report: {reason}"))
 
     def _report(self, shared: SharedUpdate) -> ClientReport:

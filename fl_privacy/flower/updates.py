@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from flwr.app import RecordDict
@@ -36,14 +37,17 @@ def shared_update(content: RecordDict, expected: Mapping[str, Array], trained: S
     update: dict[str, Array] = {}
     for name, known in expected.items():
         try:
-            shape = _announced_shape(record[name].data)
-            array = record[name].numpy() if shape == known.shape else None
+            shape, dtype = _announced(record[name].data)
+            array = record[name].numpy() if shape == known.shape and dtype.kind in "biuf" else None
         except Exception as error:  # whatever a client's bytes can provoke
             raise UnusableUpdateError(f"array {name} cannot be read: {error}") from error
-        if array is None:
+        if shape != known.shape:
             raise UnusableUpdateError(f"expected {name} of shape {list(known.shape)}, got {list(shape)}")
-        if array.dtype.kind not in "biuf":
-            raise UnusableUpdateError(f"expected real numbers in {name}, got {array.dtype}")
+        if array is None:
+            raise UnusableUpdateError(f"expected real numbers in {name}, got {dtype}")
+        if array.dtype.kind == "f" and array.dtype not in (np.float32, np.float64, known.dtype):
+            # What is averaged has the type of the first reply, and is sent to every client in the next round.
+            raise UnusableUpdateError(f"expected {name} of {known.dtype}, float32 or float64, got {array.dtype}")
         with np.errstate(over="ignore"):
             finite = bool(np.isfinite(array).all()) and bool(np.isfinite(array.astype(known.dtype)).all())
         if not finite:
@@ -55,15 +59,15 @@ def shared_update(content: RecordDict, expected: Mapping[str, Array], trained: S
     return update
 
 
-def _announced_shape(data: bytes) -> tuple[int, ...]:
-    """Returns the shape in an array's header: NumPy's reader would allocate it first, and takes archives, too."""
+def _announced(data: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Returns shape and type in an array's header: NumPy's reader would allocate it first, and takes archives, too."""
     stream = io.BytesIO(data)
     version = np.lib.format.read_magic(stream)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in readers:
         raise ValueError(f"expected NumPy's format 1.0 or 2.0, got {version}")
-    shape, _, _ = readers[version](stream)
-    return tuple(shape)
+    shape, _, dtype = readers[version](stream)
+    return tuple(shape), dtype
 
 
 def update_norm(update: Mapping[str, Array]) -> float:

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from fl_privacy.audit.claims import Defence, find_traces
+from fl_privacy.audit.claims import Defence, Traces, find_traces, logits_layer
+from fl_privacy.audit.estimate import Source
+from fl_privacy.audit.public import UpdateTask
 from fl_privacy.errors import InvalidInputError
 
 LOSS = nn.CrossEntropyLoss()
@@ -107,6 +109,58 @@ class TestZeros:
 
     def test_a_raw_update_has_none(self):
         assert find_traces(MODEL, trained(0), cross_entropy=True).sparsity == 0
+
+
+class TestWhatIsCredited:
+    """A claim is no noise: what is seen limits what counts for protection."""
+
+    @staticmethod
+    def credited(traces, claim):
+        task = UpdateTask(
+            server_round=1,
+            client="a",
+            node_id=1,
+            shared={},
+            source=Source.PROXY,
+            traces=traces,
+            claimed_noise_std=claim,
+        )
+        return task.noise_std, task.noise_error
+
+    @pytest.mark.parametrize("samples", [32, 41, 1000])
+    def test_no_claim_is_credited_beyond_a_third_more_than_is_seen(self, samples):
+        traces = Traces(noise_std=0.01, samples=samples, sparsity=0.0)
+        for claim in np.geomspace(1e-3, 1e3, 60):
+            std, error = self.credited(traces, float(claim))
+            assert std <= min(float(claim), 0.01 / 0.75)
+            assert error == (0.0 if abs(0.01 / claim - 1) <= min(0.25, 4 / math.sqrt(2 * samples)) else error)
+        assert self.credited(traces, None) == (0.01, traces.relative_error)
+
+    def test_of_few_samples_nothing_is_said_and_nothing_credited(self):
+        small = net(features=64, hidden=6)
+        update = trained(0, batch=64, model=small)
+        for seed in range(5):
+            traces = find_traces(small, noisy(update, 1e-9, seed), cross_entropy=True, rank=64)
+            assert traces.noise_std is None
+            assert self.credited(traces, 0.01) == (0.0, 0.0)
+
+    def test_the_layer_that_gives_the_logits_is_found_wherever_it_is_defined(self):
+        class Backwards(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.out, self.hidden = nn.Linear(40, 5), nn.Linear(64, 40)
+
+            def forward(self, x):
+                return self.out(torch.tanh(self.hidden(x)))
+
+        torch.manual_seed(0)
+        model = Backwards()
+        assert logits_layer(model, torch.randn(2, 64)) == "out"
+        assert logits_layer(nn.Sequential(model, nn.Softmax(-1)), torch.randn(2, 64)) == ""
+        update = trained(0, batch=16, model=model)
+        assert find_traces(model, update, cross_entropy=True).noise_std > 1e-4  # of the last that is defined
+        assert find_traces(model, update, cross_entropy=True, logits="out").noise_std < 1e-8
+        assert find_traces(model, update, cross_entropy=True, logits="").noise_std is None
 
 
 class TestErrors:

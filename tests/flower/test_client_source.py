@@ -415,11 +415,15 @@ class TestConsent:
         wish = AuditSettings(prior_std=1.0, data_range=4.0)
         assert report_from(new_app(mod(max_examples=argument)), wish, context).estimate.units_audited == units
 
-    @pytest.mark.parametrize("value", ["many", "-1", "nan"])
+    @pytest.mark.parametrize("value", ["inf", "many", "-1", "nan"])
     def test_a_limit_that_cannot_be_read_is_a_refusal_that_names_its_place(self, monkeypatch, value):
         monkeypatch.setenv("FL_PRIVACY_TIME_LIMIT", value)
         report = report_from(new_app(mod()))
         assert "from the environment (FL_PRIVACY_TIME_LIMIT)" in report.refused
+
+    def test_a_count_without_end_costs_no_training(self):
+        context = new_context(2, **{"fl-privacy-max-examples": math.inf})
+        assert "max_examples as int" in report_from(new_app(mod()), context=context).refused
 
     @pytest.mark.parametrize("settings", ["{", "[]", '{"unit": "house"}', '{"prior_std": 1e999}', "9" * 9999])
     def test_settings_that_cannot_be_read_are_a_refusal(self, settings):

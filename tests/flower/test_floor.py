@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, ConfigRecord
 
 from fl_privacy.audit import Policy, Status
 from fl_privacy.audit.table import summary_table
@@ -15,6 +16,7 @@ from fl_privacy.differential_privacy import GaussianFloor
 from fl_privacy.errors import InvalidInputError, RecordError
 from fl_privacy.flower import InversionAuditMod
 from fl_privacy.flower.advice import clipped
+from fl_privacy.flower.records import REPORT_KEY
 
 from .cases import audited_app, new_app, new_model
 from .test_policies import NODES, PARAMETERS, assert_noise, audit, flat, rows, run
@@ -66,6 +68,27 @@ def test_a_round_without_the_floor_leaves_no_epsilon_whatever_becomes_of_the_upd
         assert "did not say that it clipped" in row.detail
     assert rows(strategy, 1)[20].status is Status.REFUSED
     assert rows(strategy, 1)[20].action == "excluded"
+
+
+def test_noise_that_a_client_says_it_put_on_and_did_not_is_no_epsilon():
+    pytest.importorskip("opacus")
+
+    def lying(message, context, call_next):
+        reply = call_next(message, context)
+        head = json.loads(reply.content[REPORT_KEY]["head"])
+        reply.content[REPORT_KEY] = ConfigRecord(
+            {**reply.content[REPORT_KEY], "head": json.dumps({**head, "applied_noise_std": SIGMA})}
+        )
+        return reply
+
+    strategy = audit(floor("advise"))
+    refusing = InversionAuditMod(hand_over_batches=True, follow_advice=False)
+    run(strategy, {10: audited_app(), 20: new_app(lying, refusing)})
+    honest, liar = (rows(strategy, 1)[node] for node in NODES)
+    assert (honest.claim_holds, honest.epsilon < math.inf) == (True, True)
+    assert (liar.claim_holds, liar.epsilon) == (False, math.inf)
+    assert "less than what it says that it put on" in liar.detail
+    assert "no ε is counted for noise that is not there" in liar.detail
 
 
 def test_clipping_shortens_long_updates_and_leaves_short_ones_and_buffers():

@@ -109,6 +109,7 @@ ARRAYS = {
     "an archive": archive(),
     "an archive that unpacks to much": zip_bomb(),
     "a header of a huge array": npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1099511627776,), }"),
+    "a header of huge elements": npy("{'descr': '|V500000000', 'fortran_order': False, 'shape': (3,), }"),
     "a header of a negative array": npy("{'descr': '<f4', 'fortran_order': False, 'shape': (-3,), }"),
     "a header that is code": npy("{'descr': __import__('os').abort(), 'fortran_order': False, 'shape': (3,), }"),
     "a header that is deep": npy("(" * 5000),
@@ -129,7 +130,7 @@ class TestArrays:
     def test_no_header_makes_the_server_allocate_what_did_not_arrive(self):
         tracemalloc.start()
         try:
-            for name in ("an archive that unpacks to much", "a header of a huge array"):
+            for name in ("an archive that unpacks to much", "a header of a huge array", "a header of huge elements"):
                 play(raw(ARRAYS[name]))
             assert tracemalloc.get_traced_memory()[1] < 2**25
         finally:
@@ -150,6 +151,7 @@ class TestArrays:
 
 BIG = 2**63 - 1
 METRICS = {
+    "a weight beyond all examples": ({"num-examples": 1e300, "loss": 1.0}, "num-examples < 2**53, got 1e+300"),
     "no metrics": (..., "got 0 of them"),
     "no weight": ({"loss": 1.0}, "got None"),
     "a negative weight": ({"num-examples": -4, "loss": 1.0}, "num-examples > 0, got -4"),
@@ -161,6 +163,18 @@ METRICS = {
     "a metric too few": ({"num-examples": 4}, "cannot be averaged together"),
     "a metric that is a list": ({"num-examples": 4, "loss": [1.0, 2.0]}, "cannot be averaged together"),
 }
+
+
+@pytest.mark.parametrize("dtype", [np.longdouble, np.float16])
+def test_a_type_in_which_the_others_could_not_train_on_is_left_out(dtype):
+    """Flower's average has the type of the reply that comes first, and goes to every client."""
+    good = honest_content(HOSTILE, False)["arrays"]
+    odd = ArrayRecord({name: Array(array.numpy().astype(dtype)) for name, array in good.items()})
+    strategy, result = play(content_with(arrays=odd))
+    row = hostile_row(strategy)
+    assert (row.status, row.action) == (Status.INVALID_UPDATE, "excluded")
+    assert f"of float32, float32 or float64, got {np.dtype(dtype)}" in row.detail
+    assert {array.dtype for array in result[0].values()} == {"float32"}
 
 
 class TestMetrics:

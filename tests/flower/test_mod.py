@@ -261,6 +261,13 @@ class TestReplies:
         assert report.refused == "the client could not make its report: no idea what I defend with"
         assert report.inputs is None
 
+    def test_an_errors_text_leaves_no_client_that_keeps_its_data(self):
+        def broken(context):
+            raise RuntimeError("label 7 of patient X")
+
+        reply = new_app(InversionAuditMod(hand_over_batches=False, defence=broken))(train_message(), new_context(2))
+        assert report_of(reply).refused == "the client could not make its report: RuntimeError"
+
     def test_the_error_of_an_inner_mod_passes(self):
         def failing(message, context, call_next):
             return Message(Error(code=42, reason="no data today"), reply_to=message)

@@ -211,6 +211,19 @@ class TestARound:
         for ours, theirs in zip(parameters_to_ndarrays(parameters), plain(NODES[1:]), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
 
+    @pytest.mark.parametrize("weight", [-8, 0, 2**60])
+    def test_a_weight_that_would_end_the_run_or_decide_it_alone_is_left_out(self, weight):
+        def hostile(results):
+            results[0][1].num_examples = weight
+            return results
+
+        strategy, (parameters, _) = run([audited(node) for node in NODES], edit=hostile)
+        row = row_of(strategy, NODES[0])
+        assert (row.status, row.action) == (Status.INVALID_UPDATE, "excluded")
+        assert f"got {weight}" in row.detail
+        for ours, theirs in zip(parameters_to_ndarrays(parameters), plain(NODES[1:]), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+
     def test_arrays_of_another_model_are_refused_before_a_client_trains(self):
         strategy = OlderInversionAudit(Chosen([]), model=new_model(), loss=nn.CrossEntropyLoss(), ledger=None)
         with pytest.raises(InvalidInputError, match="expected the 4 arrays of the model's state or its 4 parameters"):

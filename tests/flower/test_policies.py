@@ -279,6 +279,12 @@ def test_a_dry_run_changes_nothing_and_says_what_it_would_do(action):
     assert all(row.applied_noise_std is None for row in dry.estimates)
 
 
+def test_who_takes_a_name_first_does_not_take_its_owners_target():
+    actions = audit(Policy(action="advise", targets={"10": 0.1, "11": 0.99}))._actions
+    assert actions.target_of("10 (node 7)") == 0.1
+    assert actions.target_of("11 (node 7)") == actions.target_of("8") < 0.99
+
+
 def test_clients_have_targets_of_their_own():
     policy = Policy(action="perturb", targets={"10": 0.1}, seed=0)  # by the name that the client reports
     strategy = audit(policy)
