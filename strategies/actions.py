@@ -205,9 +205,11 @@ class PolicyActions:
             return row
         if (row.applied_noise_std or 0.0) < floor or row.claim_holds is False:
             self._bare.add(reading.node_id)
-            detail = "the client did not say that it clipped its update and put the floor's noise on it"
-            if row.claim_holds is False:
-                detail = "no ε is counted for noise that is not there"
+            detail = (
+                "no ε is counted for noise that is not there"
+                if row.claim_holds is False
+                else "the client did not say that it clipped its update and put the floor's noise on it"
+            )
             row = replace(row, detail=joined(row.detail, detail))
         return self._with_epsilon(reading.node_id, row)
 

@@ -155,7 +155,6 @@ class InversionAudit(Strategy):
         self.expected_defence = expected_defence
         self._model, self._cross_entropy = model, isinstance(loss, nn.CrossEntropyLoss)
         self.expect_aggregates = False  # whether replies that are all the same mean secure aggregation
-        self._public, self._public_lr = public, None if public is None else public.lr
         self._lr: dict[int, float] = {}
         self._names: dict[int, str] = {}
         self._requests: dict[int, Request] = {}
@@ -369,7 +368,9 @@ class InversionAudit(Strategy):
     def _note_learning_rate(self, message: Message) -> None:
         """Keeps the learning rate that a client is told, where the audit is given none."""
         rates = [config.get("lr") for config in message.content.config_records.values()]
-        known = [rate for rate in (self._public_lr, *rates) if isinstance(rate, int | float) and 0 < rate < math.inf]
+        public = self._auditor.context.public
+        given = None if public is None else public.lr
+        known = [rate for rate in (given, *rates) if isinstance(rate, int | float) and 0 < rate < math.inf]
         if known:
             self._lr[message.metadata.dst_node_id] = float(known[0])
 
@@ -447,10 +448,11 @@ class InversionAudit(Strategy):
     @cached_property
     def _logits_layer(self) -> str | None:
         """The layer that gives the logits, found at public inputs; `None` without them."""
-        if self._public is None:
+        public = self._auditor.context.public
+        if public is None:
             return None
         like = next(self._model.parameters())
-        return logits_layer(self._model, torch.from_numpy(np.array(self._public.inputs[:1])).to(like))
+        return logits_layer(self._model, torch.from_numpy(np.array(public.inputs[:1])).to(like))
 
     def _write(self, rows: Sequence[LeakageEstimate | RoundMetrics]) -> None:
         """Appends rows to the ledger; what it does not take now is tried again with the next round's."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fl_privacy.audit.public import PublicExamples
 from fl_privacy.audit.settings import AuditSettings
 from fl_privacy.audit.task import Array, AuditTask, Numbers
-from fl_privacy.influence.evaluation import BatchNormMode
+from fl_privacy.influence.evaluation import BatchNormMode, has_batch_norm
 from fl_privacy.influence.jacobian import UpdateJacobian
 from fl_privacy.influence.layout import ParameterLayout
 from fl_privacy.influence.training import LocalTrainingUpdate
@@ -64,8 +64,7 @@ def replay_training(
     if task.captured is not None:
         layout = ParameterLayout.of(context.model)
         captured = torch.stack([flat_update(layout, t.captured or {}, inputs.device, inputs.dtype) for t in group])
-    normalised = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in context.model.modules())
-    modes: tuple[BatchNormMode, ...] = ("eval", "train") if normalised else ("eval",)
+    modes: tuple[BatchNormMode, ...] = ("eval", "train") if has_batch_norm(context.model) else ("eval",)
     if settings.batch_norm != "auto":
         modes = (settings.batch_norm,)
     best: Replay | None = None

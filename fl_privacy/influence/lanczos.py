@@ -135,20 +135,18 @@ def basis_bytes(input_dim: int, dtype: torch.dtype, max_steps: int) -> int:
 
 
 def function_of_gram(
-    operator: GramOperator, f: Callable[[Tensor], Tensor], vector: Tensor, max_steps: int = 256
+    operator: GramOperator, f: Callable[[Tensor], Tensor], vectors: Tensor, max_steps: int = 256
 ) -> Tensor:
-    """Returns f(G)·v `[1, D]` of one unit by Lanczos iteration from v: exact where D steps are allowed.
+    """Returns f(G)·v `[U, D]` by Lanczos iteration from v: exact where D steps are allowed.
 
     Args:
-        operator: One unit.
-        f: Of eigenvalues `[1, K]`.
-        vector: v `[1, D]`, not zero.
-        max_steps: Most products.
+        operator: U units.
+        f: Of eigenvalues `[U, K]`.
+        vectors: v `[U, D]`, not zero.
+        max_steps: Most products per unit. NaN for one whose products are not finite.
     """
-    lanczos = Lanczos(operator, vector, max_steps=max_steps)
+    lanczos = Lanczos(operator, vectors, max_steps=max_steps)
     lanczos.run(lambda state: torch.zeros_like(state.failed))
     t, _ = lanczos.tridiagonal()
-    nodes, vectors = torch.linalg.eigh(t)
-    column = torch.einsum("ukj,uj->uk", vectors, f(nodes.clamp(min=0)) * vectors[:, 0, :])
-    basis = lanczos.basis[: t.shape[-1]]
-    return float(lanczos.start_norm) * torch.einsum("kud,uk->ud", basis, column.to(basis))
+    nodes, ritz = torch.linalg.eigh(torch.where(lanczos.failed[:, None, None], 0.0, t))
+    return lanczos.combined(torch.einsum("ukj,uj->uk", ritz, f(nodes.clamp(min=0)) * ritz[:, 0, :]))

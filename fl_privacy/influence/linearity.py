@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from fl_privacy.influence.jacobian import UpdateJacobian
-from fl_privacy.influence.lanczos import Lanczos, basis_bytes
+from fl_privacy.influence.lanczos import basis_bytes, function_of_gram
 from fl_privacy.influence.operators import InputOperator
 from fl_privacy.influence.options import check_effort, per_unit
 
@@ -56,16 +58,14 @@ def likely_error(operator: InputOperator, *, ridge: float | Tensor, seed: int = 
     z = torch.randn(operator.num_units, operator.input_dim, generator=generator, dtype=torch.float64)
     z = z.to(device=operator.device, dtype=operator.dtype)
     bytes_per_lane = basis_bytes(operator.input_dim, operator.dtype, max_steps)
-    return torch.cat(
-        [_drawn(chunk, z[units], epsilon[units], max_steps) for chunk, units in operator.chunks(bytes_per_lane)]
+    errors = torch.cat(
+        [
+            function_of_gram(chunk, partial(_inverse_root, epsilon[units, None]), z[units], max_steps)
+            for chunk, units in operator.chunks(bytes_per_lane)
+        ]
     )
+    return errors / errors.double().square().mean(-1, keepdim=True).sqrt().to(errors)
 
 
-def _drawn(operator: InputOperator, z: Tensor, epsilon: Tensor, max_steps: int) -> Tensor:
-    lanczos = Lanczos(operator, z, max_steps=max_steps)
-    lanczos.run(lambda state: torch.zeros_like(state.failed))
-    t, _ = lanczos.tridiagonal()
-    nodes, vectors = torch.linalg.eigh(torch.where(lanczos.failed[:, None, None], 0.0, t))
-    roots = (nodes.clamp(min=0) + epsilon[:, None]).rsqrt()
-    error = lanczos.combined(torch.einsum("ukj,uj->uk", vectors, roots * vectors[:, 0, :]))
-    return error / error.double().square().mean(-1, keepdim=True).sqrt().to(error)
+def _inverse_root(ridge: Tensor, nodes: Tensor) -> Tensor:
+    return (nodes + ridge).rsqrt()

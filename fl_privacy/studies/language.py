@@ -302,23 +302,17 @@ def _draw(settings: LanguageSettings, rows: Sequence[LanguageRow], figure: Figur
         for explained in (True, False):
             alike = [row for row in rows if row.relative_std == relative and row.explained is explained]
             colour = f"C{place}"
-            words.scatter(
-                [row.leakage for row in alike],
-                [row.anywhere for row in alike],
-                s=24,
-                alpha=0.7,
-                facecolors=colour if explained else "none",
-                edgecolors=colour,
-                label=f"{relative:g}" if explained else None,
-            )
-            errors.scatter(
-                [row.predicted for row in alike],
-                [row.error for row in alike],
-                s=24,
-                alpha=0.7,
-                facecolors=colour if explained else "none",
-                edgecolors=colour,
-            )
+            faces, label = (colour, f"{relative:g}") if explained else ("none", None)
+            for axis, across, up in ((words, "leakage", "anywhere"), (errors, "predicted", "error")):
+                axis.scatter(
+                    [getattr(row, across) for row in alike],
+                    [getattr(row, up) for row in alike],
+                    s=24,
+                    alpha=0.7,
+                    facecolors=faces,
+                    edgecolors=colour,
+                    label=label,
+                )
     words.set(
         xlabel="predicted leakage of the embeddings", ylabel="share of words read, at any place", ylim=(-0.03, 1.03)
     )
