@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import torch
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measures import MEASURES, Measurement
+from fl_privacy.allocation import keep_freed_memory
 
 
 def main(
@@ -21,7 +23,8 @@ def main(
     unknown = [name for name in chosen if name not in MEASURES]
     if unknown:
         raise typer.BadParameter(f"expected one of {', '.join(MEASURES)}, got {', '.join(unknown)}")
-    console = Console()
+    keep_freed_memory()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     results: dict[str, Measurement] = {}
     with console.status("") as status:
         for name in chosen:
@@ -34,7 +37,9 @@ def main(
 
 def table(results: dict[str, Measurement]) -> Table:
     """Returns the table of results; times are medians, the ratio is the median of the repeats' ratios."""
-    title = f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads, float32"
+    title = (
+        f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads, float32, memory kept as audit workers do"
+    )
     grid = Table(title=title, show_lines=True)
     for heading in ("ratio of", "first", "second", "ratio", "target", "repeats", "note"):
         grid.add_column(heading, overflow="fold", justify="left" if heading in ("ratio of", "note") else "right")

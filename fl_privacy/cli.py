@@ -14,6 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
+from fl_privacy.allocation import keep_freed_memory
 from fl_privacy.audit.chain import Verification
 from fl_privacy.audit.ledger import Ledger, LedgerEntry
 from fl_privacy.audit.table import round_table
@@ -58,6 +59,7 @@ def _root(
     ] = False,
 ) -> None:
     """Documents the options that stand before a command; each acts in its own callback."""
+    keep_freed_memory()
 
 
 @app.command(epilog="Exit codes: 0 untouched, 1 tampered with, 2 wrong usage or no usable ledger.")

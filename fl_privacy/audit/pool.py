@@ -18,6 +18,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from fl_privacy.allocation import keep_freed_memory
 from fl_privacy.audit.executor import Executor, Job, R, T
 from fl_privacy.audit.replay import AuditContext
 from fl_privacy.audit.task import Array
@@ -29,9 +30,6 @@ _START_SECONDS = 120.0
 """How long workers may take to start: a torch import on a busy machine, not a wait for resources."""
 _MAX_ATTEMPTS = 3
 """How often a chunk is tried: a worker that dies twice on the same chunk will die a third time."""
-_KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 * 1024**2), "MALLOC_TRIM_THRESHOLD_": str(256 * 1024**2)}
-"""glibc's settings for workers: a pass then reuses the last one's memory, where otherwise the system hands out, zeroes
-and takes back every page of it: a quarter of the time on a CPU. Other systems ignore them."""
 
 
 class AuditWorker:
@@ -40,6 +38,7 @@ class AuditWorker:
     def __init__(self, context: AuditContext, num_threads: int) -> None:
         import torch
 
+        keep_freed_memory()
         torch.set_num_threads(num_threads)
         self._context = context
         has_gpu = bool(ray.get_gpu_ids()) and torch.cuda.is_available()
@@ -255,7 +254,7 @@ class RayExecutor(Executor):
         self._options = {
             "num_gpus": gpus,
             "num_cpus": cpus,
-            "runtime_env": {"env_vars": {"PYTHONPATH": path, **_KEEP_FREED_MEMORY}},
+            "runtime_env": {"env_vars": {"PYTHONPATH": path}},
             "max_restarts": 0,
         }
         return count

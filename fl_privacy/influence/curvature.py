@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from fl_privacy.errors import NotTwiceDifferentiableError
-from fl_privacy.influence.evaluation import LaneConvolution
+from fl_privacy.influence.convolution import LaneConvolution
 from fl_privacy.influence.layout import ParameterLayout
 
 Parts = tuple[Tensor, ...]

@@ -84,52 +84,6 @@ def replaced_output(model: nn.Module, module_name: str, output: Tensor) -> Itera
         handle.remove()
 
 
-class LaneConvolution(TorchFunctionMode):
-    """Runs 2-D convolutions as patch extraction and a matrix product.
-
-    A convolution whose weights differ from lane to lane becomes a grouped convolution under `vmap`, which is several
-    times slower than the batched matrix product that this form becomes. Grouped convolutions and padding given by name
-    are left as they are.
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Intercepts `conv2d`; every other function runs unchanged."""
-        kwargs = kwargs or {}
-        if func is torch.conv2d or func is F.conv2d:
-            return _convolve(func, *args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def _convolve(
-    conv2d: Callable[..., Tensor],
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] | str = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-) -> Tensor:
-    if groups != 1 or isinstance(padding, str) or input.ndim != 4:
-        return conv2d(input, weight, bias, stride, padding, dilation, groups)
-    (sh, sw), (ph, pw), (dh, dw) = _pair(stride), _pair(padding), _pair(dilation)
-    out_channels, _, kh, kw = weight.shape
-    height = (input.shape[2] + 2 * ph - dh * (kh - 1) - 1) // sh + 1
-    width = (input.shape[3] + 2 * pw - dw * (kw - 1) - 1) // sw + 1
-    patches = F.unfold(input, (kh, kw), dilation=(dh, dw), padding=(ph, pw), stride=(sh, sw))
-    output = (weight.reshape(out_channels, -1) @ patches).reshape(input.shape[0], out_channels, height, width)
-    return output if bias is None else output + bias[:, None, None]
-
-
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    items = tuple(value)
-    return (items[0], items[0]) if len(items) == 1 else (items[0], items[1])
-
-
 class RoundedReLUs(TorchFunctionMode):
     """Rounds off the kinks of ReLUs, leaky ones, ReLU6 and hard tanh, as modules or as functions, in a forward pass.
 
