@@ -97,8 +97,8 @@ class InversionAudit(Strategy):
             always left out, and always a row.
         time_limit: Seconds for the audit of one round, and for the shaped noise that the policy `perturb` puts on: an
             audit that is late is a row that says so, and noise that is late is isotropic, of which the row says so.
-        max_report_bytes: Most bytes of one client's report to accept. The gradient of all of its examples is taken at
-            once, which takes many times their bytes: where clients may be hostile, set it to what honest ones need.
+        max_report_bytes: Most bytes of one client's report to accept. What its replay may take is bounded by the
+            settings' `memory_budget`.
         show: Whether to print a table after each round and a summary at the end.
         run_id: Name of this run in the ledger. Default: a random one.
         callbacks: Told of every audited round, such as `fl_privacy.monitoring.TensorBoardCallback`.

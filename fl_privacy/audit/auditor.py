@@ -156,9 +156,8 @@ class Auditor:
                 handed = [task.inputs for task in tasks if isinstance(task, AuditTask)]
                 if not handed and self._context.public is not None:
                     handed = [self._context.public.inputs]
-                inputs = [np.asarray(values, dtype=np.float64) for values in handed]
-                spread = float(np.median([values.std() for values in inputs]))
-                width = float(np.median([np.ptp(values) for values in inputs]))
+                spread = float(np.median([values.std(dtype=np.float64) for values in handed]))
+                width = float(np.median([float(values.max()) - float(values.min()) for values in handed]))
             settings = replace(
                 settings,
                 prior_std=settings.prior_std or _scale(spread),

@@ -21,7 +21,7 @@ from fl_privacy.audit.exposure import Exposure, exposure, psnr_of
 from fl_privacy.audit.input_noise import leakage_under, shortfall
 from fl_privacy.audit.perturbation import NoiseBlocks, noise_blocks, observed_perturbation
 from fl_privacy.audit.public import UpdateTask
-from fl_privacy.audit.replay import AuditContext, Replay, flat_update, replay_training, to_tensor
+from fl_privacy.audit.replay import AuditContext, MemoryBudgetError, Replay, flat_update, replay_training, to_tensor
 from fl_privacy.audit.settings import AuditSettings
 from fl_privacy.audit.task import Array, AuditTask, ClientUpdate
 from fl_privacy.audit.wording import joined, nonlinear_text
@@ -77,7 +77,7 @@ def _audit_or_fail(
     except Exception as error:  # a privacy audit must not end a training run: the row says what went wrong
         if len(group) > 1:
             return [row for task in group for row in _audit_or_fail(context, params, [task], device, deadline)]
-        detail = f"{type(error).__name__}: {error}"
+        detail = str(error) if isinstance(error, MemoryBudgetError) else f"{type(error).__name__}: {error}"
         return [_without_estimate(context, group[0], Status.AUDIT_FAILED, detail)]
 
 
@@ -126,7 +126,7 @@ def _audit_batches(
     rows, blurred = _measure(context, params, group, torch.device(device), dtype, deadline)
     again = [i for i, blur in enumerate(blurred) if blur and settings.precision == "auto"]
     if again:
-        with contextlib.suppress(DeadlineError):  # a wide interval in time beats none
+        with contextlib.suppress(DeadlineError, MemoryBudgetError):  # a wide interval beats none
             chosen = [group[i] for i in again]
             sharper, _ = _measure(context, params, chosen, torch.device(device), torch.float64, deadline)
             for i, row in zip(again, sharper, strict=True):
@@ -152,7 +152,7 @@ def _measure(
     labels = torch.stack([to_tensor(task.labels, device, dtype) for task in group])
     shared = torch.stack([flat_update(layout, task.shared, device, dtype) for task in group])
     check_time(deadline)
-    replay = replay_training(context, theta, group, inputs, labels, shared)
+    replay = replay_training(context, theta, group, inputs, labels, shared, check_time=lambda: check_time(deadline))
     seen = observed_perturbation(shared, replay.reference)
     # What nothing explains is not credited: an update that was not reproduced counts as undefended.
     credited = torch.where(replay.verified, seen.noise_std, 0.0).double()
@@ -167,8 +167,8 @@ def _measure(
         return UpdateJacobian(
             update,
             theta,
-            inputs[client_of[units]],
-            labels[client_of[units]],
+            _of_clients(inputs, client_of[units]),
+            _of_clients(labels, client_of[units]),
             private=None if private is None else private[units],
             memory_budget=settings.memory_budget,
             before_pass=lambda: check_time(deadline),
@@ -434,6 +434,11 @@ def _doubt_of_noise(task: AuditTask, measured: float, update_dim: int, scale_dou
     if claimed is None or measured * (1 + 2 * scale_doubt) >= claimed * (1 - 5 / math.sqrt(2 * update_dim)):
         return ""
     return f"the client says it put noise of {claimed:.3g} per parameter on its update, and {measured:.3g} is there"
+
+
+def _of_clients(tensor: Tensor, clients: Tensor) -> Tensor:
+    """Returns `tensor[clients]`; of a single client's, without a copy for each."""
+    return tensor[clients] if len(tensor) > 1 else tensor.expand(len(clients), *tensor.shape[1:])
 
 
 def _chosen_examples(task: AuditTask, settings: AuditSettings) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from fl_privacy.audit.public import PublicExamples
 from fl_privacy.audit.settings import AuditSettings
 from fl_privacy.audit.task import Array, AuditTask, Numbers
+from fl_privacy.audit.wording import number_text
 from fl_privacy.influence.evaluation import BatchNormMode, has_batch_norm
 from fl_privacy.influence.jacobian import UpdateJacobian
 from fl_privacy.influence.layout import ParameterLayout
+from fl_privacy.influence.memory import graph_bytes
 from fl_privacy.influence.training import LocalTrainingUpdate
 from fl_privacy.influence.update import Loss
 
@@ -35,6 +37,10 @@ class AuditContext:
     settings: AuditSettings
     versions: Mapping[str, str]
     public: PublicExamples | None = None
+
+
+class MemoryBudgetError(Exception):
+    """A replay would take more memory than the settings allow; the message says how much."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +62,23 @@ def replay_training(
     inputs: Tensor,
     labels: Tensor,
     shared: Tensor,
+    *,
+    check_time: Callable[[], None] | None = None,
 ) -> Replay:
-    """Runs local training again; with batch_norm="auto", in the mode that comes closer to what was captured."""
+    """Runs local training again; with batch_norm="auto", in the mode that comes closer to what was captured.
+
+    Args:
+        context: Model, loss and settings.
+        theta: Global arrays of the round by name.
+        group: Clients whose shapes and traces are the same.
+        inputs: What their models were trained on, `[C, N, *shape]`.
+        labels: `[C, N, ...]`.
+        shared: The updates that arrived, `[C, P]`.
+        check_time: Called before each step; what it raises ends the replay.
+
+    Raises:
+        MemoryBudgetError: A replay would take more memory than the settings allow.
+    """
     settings, task = context.settings, group[0]
     context = replace(context, model=with_buffers(context.model, theta))
     captured = None
@@ -69,7 +90,7 @@ def replay_training(
         modes = (settings.batch_norm,)
     best: Replay | None = None
     for mode in modes:
-        update = _update_map(context, task, mode, theta, inputs, labels, captured)
+        update = _update_map(context, task, mode, theta, inputs, labels, captured, check_time)
         replayed = UpdateJacobian(update, theta, inputs, labels, memory_budget=settings.memory_budget).update()
         target = shared if captured is None else captured
         error = torch.linalg.vector_norm(replayed - target, dim=-1)
@@ -104,12 +125,17 @@ def _update_map(
     inputs: Tensor,
     labels: Tensor,
     captured: Tensor | None,
+    check_time: Callable[[], None] | None,
 ) -> LocalTrainingUpdate:
     """Returns the client's local training; for one that cannot be replayed, a gradient step of the same length."""
     trace = task.trace
 
     def local_training(**options: Any) -> LocalTrainingUpdate:
-        return LocalTrainingUpdate(context.model, context.loss, batch_norm=batch_norm, **options)
+        training = LocalTrainingUpdate(
+            context.model, context.loss, batch_norm=batch_norm, before_step=check_time, **options
+        )
+        _check_memory(training, theta, inputs, labels, context.settings)
+        return training
 
     if trace.problem or not trace.batches:
         gradient = local_training(lr=1.0, steps=1)
@@ -127,6 +153,25 @@ def _update_map(
         weight_decay=trace.weight_decay,
         nesterov=trace.nesterov,
     )
+
+
+def _check_memory(
+    training: LocalTrainingUpdate, theta: Mapping[str, Tensor], inputs: Tensor, labels: Tensor, settings: AuditSettings
+) -> None:
+    """Raises MemoryBudgetError where a replay and what follows it would take more than the budget."""
+    clients, examples = inputs.shape[:2]
+    size = training.largest_batch(labels[:1]).shape[1]
+    # A pass takes as many clients as fit. What that leaves: one graph, the parameters after each step, the examples as
+    # they came and on their device, and those of several clients once more for each that is audited.
+    copies = 3 if clients == 1 else 2 + settings.max_examples
+    trajectory = training.num_graphs * training.layout.dim * inputs.element_size()
+    needed = graph_bytes(training, theta, inputs[:1], labels[:1]) + trajectory + copies * inputs.nbytes
+    if needed > settings.memory_budget:
+        raise MemoryBudgetError(
+            f"expected a replay within {number_text(settings.memory_budget / 2**20)} MiB, and {training.num_graphs} "
+            f"steps on up to {size} of {examples} examples take about {number_text(needed / 2**20)} MiB: raise "
+            "AuditSettings(memory_budget=...), or have clients train on less at once"
+        )
 
 
 def updates_at(

@@ -46,7 +46,8 @@ class AuditSettings:
         relu_width: Width by which ReLUs are rounded off where J is taken, relative to what they see: the
             update jumps where a ReLU switches, of which the network's own J knows nothing. 0: the network's own J.
         max_local_steps: Most steps of local training that are replayed. Beyond, the estimate is unverified.
-        memory_budget: Bytes of graph that one vectorised pass may keep.
+        memory_budget: Bytes of graph that one vectorised pass may keep. A client whose local training alone would take
+            more is not audited, and its row says so.
         seed: Of the choice of examples and of the probes.
     """
 

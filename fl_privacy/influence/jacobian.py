@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.influence.evaluation import has_batch_norm
+from fl_privacy.influence.memory import saved_bytes
 from fl_privacy.influence.update import Linearization, UpdateMap
 
 DEFAULT_MEMORY_BUDGET = 2 * 1024**3
@@ -68,7 +69,7 @@ class UpdateJacobian:
         self._scale = 1.0
         self._inputs, self._labels = self._batch
         self._slot = private
-        if private is not None and not _examples_interact(update, params, inputs, labels):
+        if private is not None and not _examples_interact(update, params, inputs, labels, before_pass):
             # u is a mean of one term per example: J has only the private one's, over N.
             rows = torch.arange(len(inputs), device=inputs.device)
             self._inputs, self._labels = inputs[rows, private, None], labels[rows, private, None]
@@ -119,7 +120,8 @@ class UpdateJacobian:
     def update(self) -> Tensor:
         """Returns u(x) `[U, P]`, the undefended update of the whole batch."""
         inputs, labels = self._batch
-        chunks = [slice(i, i + self.lanes_per_pass) for i in range(0, self.num_units, self.lanes_per_pass)]
+        size = 1 if self.num_units == 1 else self.lanes_per_pass  # of one unit there is nothing to measure
+        chunks = [slice(i, i + size) for i in range(0, self.num_units, size)]
         update = torch.cat(
             [self._update.update(self._params, self._lanes(inputs[c]), inputs[c], labels[c]) for c in chunks]
         )
@@ -164,8 +166,8 @@ class UpdateJacobian:
         chosen = object.__new__(UpdateJacobian)
         chosen.__dict__.update(self.__dict__)
         inputs, labels = self._batch
-        chosen._batch = (inputs[units], labels[units])
-        chosen._inputs, chosen._labels = self._inputs[units], self._labels[units]
+        chosen._batch = (_taken(inputs, units), _taken(labels, units))
+        chosen._inputs, chosen._labels = _taken(self._inputs, units), _taken(self._labels, units)
         chosen._private = None if self._private is None else self._private[units]
         chosen._slot = None if self._slot is None else self._slot[units]
         chosen._weights = None if self._weights is None else self._weights[units]
@@ -247,18 +249,11 @@ class UpdateJacobian:
         """Bytes that one unit's graphs keep, measured on the first unit or two."""
         if self._lane_bytes is None:
             probe = self.select(torch.arange(min(2, self.num_units), device=self.device))
-            held: dict[int, int] = {}
-
-            def pack(tensor: Tensor) -> Tensor:
-                storage = tensor.untyped_storage()
-                held[storage.data_ptr()] = storage.nbytes()
-                return tensor
-
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                # The first step's graph stands for all: they have one shape but for a last, smaller mini-batch.
-                self._update.graph(self._params, probe._lanes(probe._inputs), probe._inputs, probe._labels)
-            graph = sum(held.values()) // probe.num_units
-            vectors = 6 * self.update_dim * self._inputs.element_size()
+            # The largest mini-batch's graph stands for all.
+            inputs, labels = (self._update.largest_batch(part) for part in (probe._inputs, probe._labels))
+            graph = saved_bytes(self._update, self._params, inputs, labels) // probe.num_units
+            # Six vectors of a product, and the parameters after each step.
+            vectors = (5 + self._update.num_graphs) * self.update_dim * self._inputs.element_size()
             self._lane_bytes = max(1, graph * self._update.num_graphs + vectors)
         return self._lane_bytes
 
@@ -340,7 +335,18 @@ class UpdateJacobian:
         return (examples == self._slot[lanes, None])[..., None].to(self.dtype)
 
 
-def _examples_interact(update: UpdateMap, params: Mapping[str, Tensor], inputs: Tensor, labels: Tensor) -> bool:
+def _taken(tensor: Tensor, units: Tensor) -> Tensor:
+    """Returns `tensor[units]`; of units that share their memory, without a copy for each."""
+    return tensor[:1].expand(len(units), *tensor.shape[1:]) if tensor.stride(0) == 0 else tensor[units]
+
+
+def _examples_interact(
+    update: UpdateMap,
+    params: Mapping[str, Tensor],
+    inputs: Tensor,
+    labels: Tensor,
+    before_pass: Callable[[], None] | None,
+) -> bool:
     """Whether the loss of a batch is anything but the mean of its examples' losses, each run alone."""
     if inputs.shape[1] == 1:
         return False
@@ -351,7 +357,9 @@ def _examples_interact(update: UpdateMap, params: Mapping[str, Tensor], inputs: 
     tolerance = 1e-4 if inputs.dtype == torch.float32 else 1e-9
     distinct = 1 if inputs.stride(0) == 0 and labels.stride(0) == 0 else len(inputs)
     for unit in range(distinct):
-        together, alone = update.example_losses(params, inputs[unit], labels[unit])
+        together, alone = update.example_losses(
+            params, inputs[unit], labels[unit], before_example=before_pass or (lambda: None)
+        )
         difference = (together - alone.mean()).abs()
         # NaN is a difference, too: the mean over an example whose only label is ignored.
         if not difference <= tolerance * together.abs().clamp(min=1.0):
@@ -449,7 +457,8 @@ def _check_arguments(
 def _check_labels(update: UpdateMap, params: Mapping[str, Tensor], inputs: Tensor, labels: Tensor) -> None:
     if labels.is_floating_point() and not torch.isfinite(labels).all():
         raise InvalidInputError("expected finite labels, got NaN or infinity")
-    outputs = update.outputs(params, inputs)
+    few = min(8, len(inputs))  # what the model takes and gives: of a whole batch that may be much
+    outputs = update.outputs(params, inputs[:few])
     if not labels.is_floating_point() and outputs.ndim == labels.ndim:  # indices [U, N, ...], scores [N, C, ...]
         ignored = getattr(update.loss, "ignore_index", None)
         wrong = (labels < 0) | (labels >= outputs.shape[1])
@@ -459,4 +468,4 @@ def _check_labels(update: UpdateMap, params: Mapping[str, Tensor], inputs: Tenso
                 f"expected labels in [0, {outputs.shape[1]}), the model's number of classes, "
                 f"got {sorted(set(labels[wrong].tolist()))[:5]}"
             )
-    update.check_loss(outputs, labels[0])
+    update.check_loss(outputs, labels[0, :few])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ class LocalTrainingUpdate(UpdateMap):
         nesterov: As `torch.optim.SGD`.
         batch_norm: As for `UpdateMap`.
         input_module: As for `UpdateMap`.
+        before_step: Called before each step of training, and before each step of a product with its Jacobian; what it
+            raises ends either: a time limit's place to stop.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class LocalTrainingUpdate(UpdateMap):
         nesterov: bool = False,
         batch_norm: BatchNormMode = "eval",
         input_module: str | None = None,
+        before_step: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(model, loss, batch_norm=batch_norm, input_module=input_module)
         self.batches: tuple[tuple[int, ...] | None, ...] = (
@@ -69,6 +72,7 @@ class LocalTrainingUpdate(UpdateMap):
         if nesterov and (momentum == 0 or dampening != 0):
             raise InvalidInputError("expected momentum > 0 and dampening = 0 with nesterov, as torch.optim.SGD does")
         self.momentum, self.dampening, self.weight_decay, self.nesterov = momentum, dampening, weight_decay, nesterov
+        self.before_step = before_step
 
     def update(self, params: Mapping[str, Tensor], theta: Tensor, inputs: Tensor, labels: Tensor) -> Tensor:
         """Returns the parameter change `[L, P]`."""
@@ -99,9 +103,10 @@ class LocalTrainingUpdate(UpdateMap):
                 f"expected mini-batch indices in [0, {num_examples}), got some in [{min(named)}, {max(named)}]"
             )
 
-    def graph(self, params: Mapping[str, Tensor], theta: Tensor, inputs: Tensor, labels: Tensor) -> LossCurvature:
-        """Returns the graph of the first step."""
-        return self._curvature(params, theta, self.minibatch(0, inputs), self.minibatch(0, labels))
+    def largest_batch(self, tensor: Tensor) -> Tensor:
+        """Returns the largest mini-batch's examples of a tensor `[L, N, ...]`."""
+        sizes = [tensor.shape[1] if batch is None else len(batch) for batch in self.batches]
+        return self.minibatch(sizes.index(max(sizes)), tensor)
 
     def coefficients(self, step: int) -> tuple[float, float]:
         """Returns (a, c) of the momentum buffer's recursion b ← a·b + c·d, with d = g + weight_decay·θ."""
@@ -128,6 +133,8 @@ class LocalTrainingUpdate(UpdateMap):
         buffer = torch.zeros_like(theta)
         yield theta
         for step in range(len(self.batches)):
+            if self.before_step is not None:
+                self.before_step()
             gradient = self._gradient(params, theta, self.minibatch(step, inputs), self.minibatch(step, labels))
             theta, buffer = self.advance(step, theta, buffer, gradient)
             yield theta
@@ -162,7 +169,12 @@ class _TrainingLinearization(Linearization):
             x, y = training.minibatch(step, inputs), training.minibatch(step, labels)
             return training._curvature(params, self._thetas[step], x, y)
 
-        self._curvature = functools.cache(curvature) if retain else curvature
+        self._graph = functools.cache(curvature) if retain else curvature
+
+    def _curvature(self, step: int) -> LossCurvature:
+        if self._training.before_step is not None:
+            self._training.before_step()
+        return self._graph(step)
 
     def update(self) -> Tensor:
         return self._thetas[-1] - self._thetas[0]

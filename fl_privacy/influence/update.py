@@ -109,19 +109,33 @@ class UpdateMap(ABC):
         return False
 
     def graph(self, params: Mapping[str, Tensor], theta: Tensor, inputs: Tensor, labels: Tensor) -> LossCurvature:
-        """Returns one of the graphs that a linearisation keeps, so that its size can be measured."""
+        """Returns the graph of one mini-batch, as a linearisation keeps it, so that its size can be measured."""
         return self._curvature(params, theta, inputs, labels)
+
+    def largest_batch(self, tensor: Tensor) -> Tensor:
+        """Returns what the largest of the graphs that a linearisation keeps takes of a tensor `[L, N, ...]`."""
+        return tensor
 
     def check_batch_size(self, num_examples: int) -> None:  # noqa: B027 - most maps take any batch
         """Raises InvalidInputError where the map cannot use a batch of this size."""
 
-    def example_losses(self, params: Mapping[str, Tensor], inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def example_losses(
+        self,
+        params: Mapping[str, Tensor],
+        inputs: Tensor,
+        labels: Tensor,
+        *,
+        before_example: Callable[[], None] = lambda: None,
+    ) -> tuple[Tensor, Tensor]:
         """Returns the loss of the batch `[N, *shape]` and those of its examples, each run alone, `[N]`."""
         trained = {name: params[name] for name in self.layout.names}
         with torch.no_grad(), audit_mode(self.model, batch_norm=self.batch_norm):
             loss = self._lane_loss(params, inputs)
-            alone = torch.stack([loss(trained, inputs[i : i + 1], labels[i : i + 1]) for i in range(len(inputs))])
-            return loss(trained, inputs, labels), alone
+            alone = []
+            for i in range(len(inputs)):
+                before_example()
+                alone.append(loss(trained, inputs[i : i + 1], labels[i : i + 1]))
+            return loss(trained, inputs, labels), torch.stack(alone)
 
     def check_loss(self, outputs: Tensor, labels: Tensor) -> None:
         """Raises InvalidInputError where the loss cannot be computed from outputs and labels, both `[N, ...]`."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +21,7 @@ from fl_privacy.audit.perturbation import noise_blocks
 
 from .cases import (
     PRIOR,
+    SIDE,
     examples,
     flat,
     new_context,
@@ -522,6 +525,19 @@ class TestDeadline:
         assert {row.status for row in rows} == {Status.AUDITED}
         assert looked > 5
 
+    def test_a_long_training_is_stopped_between_its_steps(self, monkeypatch):
+        model, clock = new_model(), itertools.count(1)
+        monkeypatch.setattr(measure.time, "monotonic", lambda: next(clock))
+        trace = TrainingTrace(optimizer="SGD", batches=((0, 1),) * 40, lr=(LR,) * 40)
+        (row,) = audit_tasks(new_context(model), params_of(model), [new_task(model, count=2, trace=trace)], deadline=20)
+        assert (row.status, next(clock)) == (Status.LATE, 21)
+
+    def test_the_examples_of_a_large_batch_are_looked_at_one_by_one_and_so_is_the_time(self, monkeypatch):
+        model, clock = new_model(), itertools.count(1)
+        monkeypatch.setattr(measure.time, "monotonic", lambda: next(clock))
+        (row,) = audit_tasks(new_context(model), params_of(model), [new_task(model, count=64)], deadline=20)
+        assert (row.status, next(clock)) == (Status.LATE, 21)
+
     def test_what_float32_knew_is_kept_where_float64_would_be_late(self, monkeypatch):
         monkeypatch.setattr("fl_privacy.audit.exposure._WIDE", -1.0)  # float32 is never good enough at this ridge
         defaults = {"precision": "auto", "ridge": 1e-30}
@@ -531,3 +547,72 @@ class TestDeadline:
         rows, _ = self.audited(monkeypatch, in_float32 + 2, **defaults)
         assert {row.dtype for row in rows} == {"float32"}
         assert all(row.leakage is not None for row in rows)
+
+
+LARGE_REPORT = """
+import resource, sys
+import numpy as np
+from tests.audit.cases import CLASSES, SIDE, new_context, new_model, params_of
+from fl_privacy.audit import TrainingTrace
+from fl_privacy.audit.measure import audit_tasks
+from fl_privacy.audit.task import AuditTask, Source
+
+model, count = new_model(), int(sys.argv[1])
+context = new_context(model, memory_budget=64 * 2**20)
+ones = {name: np.ones_like(array) for name, array in params_of(model).items()}
+
+
+def audited(count):
+    inputs, labels = np.zeros((count, 1, SIDE, SIDE), np.float32), np.zeros(count, np.int64)
+    trace = TrainingTrace(optimizer="Adam", batches=(), lr=(), problem="only torch.optim.SGD is replayed")
+    task = AuditTask(
+        server_round=1, client="c", node_id=1, shared=ones, inputs=inputs, labels=labels, trace=trace, captured=ones
+    )
+    (row,) = audit_tasks(context, params_of(model), [task])
+    return row
+
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+assert audited(4).leakage is not None
+before = peak()
+row = audited(count)
+print(row.status, peak() - before, row.detail)
+"""
+
+
+class TestMemory:
+    def test_a_report_that_would_take_more_than_the_budget_is_refused_before_it_does(self):
+        """One process for it: the most that a process ever took is never less again."""
+        count = 500_000
+        run = subprocess.run(
+            [sys.executable, "-c", LARGE_REPORT, str(count)], capture_output=True, text=True, check=False, timeout=120
+        )
+        assert run.returncode == 0, run.stderr
+        status, taken, detail = run.stdout.split(maxsplit=2)
+        report = count * (4 * SIDE**2 + 8) / 2**20
+        assert status == "audit-failed"
+        assert float(taken) < 6 * report, "a gradient of all its examples takes some fifty times as much"
+        assert detail.startswith("expected a replay within 64 MiB, and 1 steps on up to 500000 of 500000 examples take")
+        assert "raise AuditSettings(memory_budget=...)" in detail
+
+    def test_so_is_a_step_that_names_its_examples_again_and_a_training_that_keeps_too_many_parameters(self):
+        model = new_model()
+        again = TrainingTrace(optimizer="SGD", batches=(tuple(range(8)) * 8,), lr=(LR,))
+        long = TrainingTrace(optimizer="SGD", batches=((0,),) * 200, lr=(LR,) * 200)
+        for trace, budget in ((again, 50_000), (long, 150_000)):
+            task = new_task(model, count=8, trace=trace)
+            assert audit_one(model, task, memory_budget=2**30).status is Status.AUDITED
+            row = audit_one(model, task, memory_budget=budget)
+            assert (row.status, row.detail[:24]) == (Status.AUDIT_FAILED, "expected a replay within")
+
+    def test_clients_that_fit_only_one_by_one_are_audited_one_by_one(self):
+        model = new_model()
+        tasks = [new_task(model, client=client, count=64) for client in range(4)]
+        alone = [audit_one(model, task, memory_budget=2**30) for task in tasks]
+        needed = 64 * SIDE**2 * 4 * 4 * (2 + 8)  # of all four, in copies
+        together = audit_tasks(new_context(model, memory_budget=needed), params_of(model), tasks)
+        assert [row.status for row in together] == [Status.AUDITED] * 4
+        assert [row.leakage for row in together] == [pytest.approx(row.leakage, rel=1e-3) for row in alone]

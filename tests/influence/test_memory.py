@@ -1,0 +1,55 @@
+"""What a graph takes, worked out without building it, against graphs that are built."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fl_privacy import GradientUpdate, LocalTrainingUpdate
+from fl_privacy.influence.memory import graph_bytes, saved_bytes
+from fl_privacy.reference import build_model
+
+SHAPE, CLASSES = (3, 16, 16), 4
+
+
+class ThatLooks(nn.Module):
+    """A model that cannot be run where there are no values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 14 * 14, CLASSES))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x if x.abs().max() < 1e6 else x / 1e6)
+
+
+def built(name: str) -> nn.Module:
+    return ThatLooks() if name == "that looks" else build_model(name, input_shape=SHAPE, num_classes=CLASSES)
+
+
+def batch(examples: int) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    return torch.rand(1, examples, *SHAPE), torch.randint(0, CLASSES, (1, examples))
+
+
+@pytest.mark.parametrize("name", ["mlp", "lenet", "vit", "that looks"])
+def test_it_is_what_a_graph_keeps(name: str) -> None:
+    model = built(name)
+    update = GradientUpdate(model, nn.CrossEntropyLoss())
+    params = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    inputs, labels = batch(12)
+    expected = saved_bytes(update, params, inputs, labels)
+    assert graph_bytes(update, params, inputs, labels) == pytest.approx(expected, rel=0.02)
+    assert expected > 2 * inputs.nbytes
+
+
+def test_of_several_steps_the_largest_counts_also_where_it_names_examples_again() -> None:
+    model = built("lenet")
+    params = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    inputs, labels = batch(4)
+    steps = [[0], [0, 1, 2, 3] * 4, [1, 2]]
+    training = LocalTrainingUpdate(model, nn.CrossEntropyLoss(), lr=0.1, steps=steps)
+    whole = GradientUpdate(model, nn.CrossEntropyLoss())
+    expected = saved_bytes(whole, params, inputs.repeat(1, 4, 1, 1, 1), labels.repeat(1, 4))
+    assert graph_bytes(training, params, inputs, labels) == pytest.approx(expected, rel=0.02)
