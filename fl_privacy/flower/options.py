@@ -54,8 +54,8 @@ class ClientOptions:
         """Returns what holds for a call.
 
         Of a limit, the first of these that is set counts: the mod's argument, the environment, the node's
-        configuration, the run's configuration, the default. Of a consent all are asked, but a run's configuration is
-        written by who starts the run, so its yes counts for nothing.
+        configuration, the default. Of a consent all are asked. A run's configuration is written by who starts the run:
+        its yes to a consent counts for nothing, and a limit can be lowered there, not raised.
 
         Args:
             arguments: The mod's own, `None` for those that were not given.
@@ -119,8 +119,22 @@ def _votes(places: tuple[_Place, ...]) -> dict[str, bool | None]:
 
 
 def _limit(name: str, places: tuple[_Place, ...]) -> Any:
-    kind, default = LIMITS[name]
-    place = next((place for place in places if place.value is not None), _Place("the default", default))
+    _, default = LIMITS[name]
+    own = next((place for place in places if place.may_allow and place.value is not None), None)
+    value = _read_limit(name, own or _Place("the default", default))
+    for place in places:
+        if place.may_allow or place.value is None:
+            continue
+        other = _read_limit(name, place)
+        if not isinstance(other, str):
+            value = min(value, other)
+        elif other == default:  # no device but the one that everyone has costs a client less
+            value = other
+    return value
+
+
+def _read_limit(name: str, place: _Place) -> Any:
+    kind, _ = LIMITS[name]
     try:
         value = kind(place.value)
     except (TypeError, ValueError, OverflowError) as error:

@@ -21,6 +21,7 @@ from fl_privacy.audit import AuditSettings, LeakageEstimate, Source, Status, mea
 from fl_privacy.errors import InvalidInputError, RecordError
 from fl_privacy.flower import InversionAuditMod, record_batches
 from fl_privacy.flower.disclosure import Disclosure
+from fl_privacy.flower.options import ClientOptions
 from fl_privacy.flower.records import REPORT_KEY, decode_report
 from fl_privacy.flower.request import SETTINGS_KEY, Request
 from fl_privacy.strategies import InversionAudit
@@ -404,9 +405,18 @@ class TestConsent:
 
     @pytest.mark.parametrize(
         ("argument", "environment", "node", "run_config", "units"),
-        [(1, "2", 3, 4, 1), (None, "2", 3, 4, 2), (None, None, 3, 4, 3), (None, None, None, 1, 1)],
+        [
+            (1, "2", 3, 4, 1),
+            (None, "2", 3, 4, 2),
+            (None, None, 3, 4, 3),
+            (None, None, None, 1, 1),
+            (4, None, None, 2, 2),
+            (None, "2", None, 1, 1),
+        ],
     )
-    def test_limits_come_from_the_first_that_says(self, monkeypatch, argument, environment, node, run_config, units):
+    def test_limits_come_from_the_first_that_says_and_a_run_can_lower_them(
+        self, monkeypatch, argument, environment, node, run_config, units
+    ):
         if environment is not None:
             monkeypatch.setenv("FL_PRIVACY_MAX_EXAMPLES", environment)
         key = "fl-privacy-max-examples"
@@ -414,6 +424,34 @@ class TestConsent:
         context.run_config = {key: run_config}
         wish = AuditSettings(prior_std=1.0, data_range=4.0)
         assert report_from(new_app(mod(max_examples=argument)), wish, context).estimate.units_audited == units
+
+    @pytest.mark.parametrize("own", [{}, {"max_bytes": 2**20}])
+    def test_who_starts_a_run_cannot_raise_what_a_client_spends(self, own):
+        context = new_context(2)
+        limits = {
+            "time-limit": 1e6,
+            "memory-budget": 2**50,
+            "max-examples": 10**6,
+            "max-bytes": 2**50,
+            "device": "cuda",
+        }
+        context.run_config = {f"fl-privacy-{name}": value for name, value in limits.items()}
+        assert ClientOptions.gather(own, context) == ClientOptions.gather(own, new_context(2))
+
+    def test_who_starts_a_run_can_lower_it(self):
+        context = new_context(2)
+        limits = {"time_limit": 2.5, "memory_budget": 1000, "max_examples": 1, "max_bytes": 50, "device": "cpu"}
+        context.run_config = {f"fl-privacy-{name.replace('_', '-')}": value for name, value in limits.items()}
+        options = ClientOptions.gather({"device": "cuda", "time_limit": 9.0}, context)
+        assert {name: getattr(options, name) for name in limits} == limits
+
+    def test_a_limit_of_the_run_that_cannot_be_read_is_a_refusal_too(self):
+        context = new_context(2)
+        context.run_config = {"fl-privacy-max-bytes": "many"}
+        assert (
+            "from the run's configuration (fl-privacy-max-bytes)"
+            in report_from(new_app(mod(max_bytes=2**20)), context=context).refused
+        )
 
     @pytest.mark.parametrize("value", ["inf", "many", "-1", "nan"])
     def test_a_limit_that_cannot_be_read_is_a_refusal_that_names_its_place(self, monkeypatch, value):
