@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fl_privacy.audit import LeakageEstimate, Ledger, Status
+from fl_privacy.audit import LeakageEstimate, Ledger, Source, Status
 
 ROOT = Path(__file__).parents[1]
 SIMULATIONS = ROOT / "simulations"
@@ -33,6 +33,10 @@ def kill_a_node_after_the_first_round(node):
     print("KILLED", flush=True)
 
 with private_deployment(state=state, cwd=state, nodes=2) as deployment:
+    config = f'num-clients=2 num-server-rounds=1 local-steps=2 audit-source="client" ledger="{ledger.parent}/client.db"'
+    config += " audit-workers=0 audit-max-examples=1 reference-run=false"
+    code = deployment.link.run(APP, run_config=[config], federation_config=[])
+    print("CLIENT", code, deployment.link.status(), flush=True)
     killer = threading.Thread(target=kill_a_node_after_the_first_round, args=(deployment.nodes[1],), daemon=True)
     killer.start()
     config = f'num-clients=2 num-server-rounds=2 local-steps=1 audit-workers=0 audit-max-examples=1 ledger="{ledger}"'
@@ -42,7 +46,7 @@ print("LEFT", len(descendants()), len(stop_descendants(grace=10.0)), flush=True)
 """
 
 
-def test_the_app_of_the_simulation_runs_deployed_and_outlives_a_node(tmp_path):
+def test_the_app_of_the_simulation_runs_deployed_under_two_sources_and_outlives_a_node(tmp_path):
     ledger = tmp_path / "ledger.db"
     environment = {**os.environ, "PYTHONPATH": str(SIMULATIONS), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", DRIVER, str(ledger), str(tmp_path / "state"), "TERM"]
@@ -50,12 +54,24 @@ def test_the_app_of_the_simulation_runs_deployed_and_outlives_a_node(tmp_path):
         command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as driver:
         try:
-            output, _ = driver.communicate(timeout=250)
+            output, _ = driver.communicate(timeout=280)
         finally:
             driver.kill()
     assert driver.returncode == 0, output[-4000:]
     assert "KILLED" in output
+    assert "CLIENT 0 finished:completed" in output, output[-4000:]
     assert "STATUS 0 finished:completed" in output, output[-4000:]
+
+    with Ledger.open(tmp_path / "client.db") as opened:
+        told = {entry.estimate.client: entry.estimate for entry in opened.rows()}
+    assert {client: (row.source, row.status) for client, row in told.items()} == {
+        "0": (Source.CLIENT, Status.AUDITED),
+        "1": (Source.CLIENT, Status.AUDITED),
+    }
+    for row in told.values():
+        assert 0 <= row.leakage.lower <= row.leakage.value <= row.leakage.upper <= 1
+        assert row.units_audited == 1
+    assert told["0"].leakage.value > told["1"].leakage.value, "the second puts noise on its update"
 
     with Ledger.open(ledger) as opened:
         assert opened.verify().ok

@@ -14,14 +14,18 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.common.serde import message_to_proto
 from flwr.supercore.task_identity import TaskIdentity
 
+from fl_privacy.audit import AuditSettings
+from fl_privacy.flower.records import REPORT_KEY, decode_report
+from fl_privacy.flower.request import Request
 from fl_privacy.reference import load_dataset
 
 SIMULATIONS = Path(__file__).parents[1] / "simulations"
 sys.path[:0] = [str(SIMULATIONS / "vision"), str(SIMULATIONS)]
 
-from vision import defences, task, training  # noqa: E402
+from vision import client_app, defences, task, training  # noqa: E402
 from vision.settings import Settings  # noqa: E402
 
 DEFAULTS = tomllib.loads((SIMULATIONS / "vision" / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
@@ -84,6 +88,10 @@ class TestSettings:
                 "model must be one of digitsnet, lenet, linear, mlp, resnet18, resnet8, vit, got 'alexnet'",
             ),
             ({"defence": "dp"}, "defence must be one of mixed, none, local-dp, prune, got 'dp'"),
+            (
+                {"audit-source": "oracle"},
+                "audit-source must be one of trusted, client, proxy, reconstructed, got 'oracle'",
+            ),
             ({"audit-unit": "client"}, "audit-unit must be one of example, batch"),
             (
                 {"audit-noise-family": "public"},
@@ -395,3 +403,56 @@ def test_the_picture_is_of_the_client_that_leaked_most_at_first_and_is_drawn_at_
     (picture,) = (tmp_path / "pictures").iterdir()
     assert picture.name == "client-2-round-2.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+ASKED = {"trusted": "batches", "client": "estimate", "proxy": "claim", "reconstructed": "claim"}
+
+
+class TestSources:
+    """One client's answer to the server under each source, through the app and its mods."""
+
+    def answer(self, source, partition=1):
+        context = context_of(partition, audit_source=source, local_steps=2, batch_size=8)
+        settings = Settings.from_run_config(context.run_config)
+        arrays = task.new_model(settings, task.load_data(settings)).state_dict()
+        message = train_message(arrays)
+        wish = (
+            Request.for_estimate(AuditSettings(max_examples=1)) if source == "client" else Request(kind=ASKED[source])
+        )
+        entries = {**message.content["config"], **wish.entries()}
+        message.content = RecordDict({**message.content, "config": ConfigRecord(entries)})
+        reply = client_app.app(message, context)
+        assert not reply.has_error(), reply.error
+        return settings, reply
+
+    def images_of(self, settings, partition=1):
+        """The bytes of every image that the client holds."""
+        indices = task.partition_indices(settings, partition)
+        images, _ = task.load_data(settings).train.select(indices)
+        return [image.numpy().tobytes() for image in images]
+
+    @pytest.mark.parametrize("source", ASKED)
+    def test_images_leave_a_client_only_where_the_source_is_trusted(self, source):
+        settings, reply = self.answer(source)
+        sent = message_to_proto(reply).SerializeToString() + b"".join(
+            value
+            for record in reply.content.config_records.values()
+            for value in record.values()
+            if type(value) is bytes
+        )
+        assert any(image in sent for image in self.images_of(settings)) == (source == "trusted")
+
+    def test_a_client_that_audits_itself_tells_scalars_of_what_leaves_it(self):
+        _, reply = self.answer("client")
+        assert set(reply.content) == {"arrays", "metrics", REPORT_KEY}
+        assert set(reply.content[REPORT_KEY]) == {"head"}
+        estimate = decode_report(reply.content[REPORT_KEY], max_bytes=2**20).estimate
+        assert 0 < estimate.leakage.value < 1, "this client clips and puts noise on its update"
+        assert estimate.noise_std > 0
+
+    @pytest.mark.parametrize("source", ASKED)
+    def test_audits_that_see_an_update_alone_are_told_how_many_examples_are_behind_it(self, source):
+        settings, reply = self.answer(source)
+        held = len(task.partition_indices(settings, 1))
+        assert held > 16
+        assert reply.content["metrics"]["num-examples"] == (16 if source in ("proxy", "reconstructed") else held)

@@ -11,13 +11,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord
 from flwr.clientapp.mod import LocalDpMod
 from flwr.common.serde import recorddict_to_proto
 from torch import nn
+from torch.func import functional_call, grad, jacrev
 
 from fl_privacy import Interval
 from fl_privacy.audit import AuditSettings, LeakageEstimate, Source, Status, measure, self_audit
+from fl_privacy.audit.perturbation import observed_perturbation
 from fl_privacy.errors import InvalidInputError, RecordError
 from fl_privacy.flower import InversionAuditMod, record_batches
 from fl_privacy.flower.disclosure import Disclosure
@@ -253,10 +255,118 @@ class TestWhatLeaves:
         numbers = [v for k, v in sorted(sent.items()) if isinstance(v, float) and k != "seconds"] + sent["leakage"]
         return batches_of(client)[0][0][0].numpy().ravel(), update.ravel(), np.array(numbers)
 
+    def test_who_knows_all_but_the_input_rebuilds_it_from_the_update_and_not_from_the_estimate(self):
+        """An attacker who optimises inputs until what a client says would be said of them.
+
+        He knows the model, its parameters, the label, the prior, and even the noise on the update: all that is said is
+        then a function of the input, which he differentiates.
+        """
+        by_update, by_estimate, by_prior = [], [], []
+        for client in range(5):
+            secret, update, noise, told = self.audited_with_noise(client)
+            view = functools.partial(what_is_told, noise=noise, told=told)
+            # The message is what his function says of the true input, to its three digits.
+            assert view(secret).abs().max() < 0.02
+            starts = torch.randn(3, 16, generator=torch.Generator().manual_seed(client), dtype=torch.float64)
+            starts = [torch.zeros(16, dtype=torch.float64), *starts]
+            guess, misfit = best_of(view, starts)
+            assert misfit < 0.02, "he finds an input of which the same would be told"
+            rebuilt, _ = best_of(lambda x, update=update: 100 * (curved_update(x) - update), starts)
+            for found, x in ((by_update, rebuilt), (by_estimate, guess), (by_prior, torch.zeros(16))):
+                found.append(float((x - secret).square().mean()))
+        assert max(by_update) < 1e-4
+        assert np.mean(by_estimate) > 0.95 * np.mean(by_prior)
+
+    def audited_with_noise(self, client):
+        """Returns a client's input, the update that it captured, the noise that it added, and what it tells."""
+        added = {}
+
+        def noisy(message, context, call_next):
+            reply = call_next(message, context)
+            generator = np.random.default_rng(client)
+            arrays = {name: array.numpy() for name, array in reply.content["arrays"].items()}
+            added.update({name: 0.02 * generator.normal(size=a.shape).astype("float32") for name, a in arrays.items()})
+            reply.content["arrays"] = ArrayRecord({name: Array(a + added[name]) for name, a in arrays.items()})
+            return reply
+
+        settings = AuditSettings(prior_std=1.0, data_range=4.0, precision="float64")
+        message = asked(settings)
+        message.content["arrays"] = ArrayRecord(curved_model().state_dict())
+        own = InversionAuditMod(model=curved_model, loss=LOSS)
+        app = new_app(own, noisy, model=curved_model, train=one_example)
+        told = report_of(app(message, new_context(client))).estimate
+        secret = batches_of(client)[0][0][0].ravel().double()
+        noise = torch.cat([torch.from_numpy(array).double().ravel() for array in added.values()])
+        return secret, curved_update(secret), noise, told
+
 
 def linear_model():
     torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+
+
+def curved_model(context=None):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+CURVED = curved_model().double()
+
+
+def curved_update(x):
+    """What one step on one example `[16]` of class 0 changes."""
+    params = {name: parameter.detach() for name, parameter in CURVED.named_parameters()}
+
+    def loss(params):
+        return LOSS(functional_call(CURVED, params, (x.reshape(1, 1, 4, 4),)), torch.zeros(1, dtype=torch.long))
+
+    return torch.cat([-0.1 * part.ravel() for part in grad(loss)(params).values()])
+
+
+def what_is_told(x, *, noise, told):
+    """Logarithms of what a client that trains on x tells, over what was told."""
+    update = curved_update(x)
+    seen = observed_perturbation((update + noise)[None], update[None])
+    delta = seen.delta[0]
+    jacobian = jacrev(curved_update)(x)
+    gram, eye = jacobian.T @ jacobian, torch.eye(16, dtype=torch.float64)
+
+    def leakage(ridge):
+        return torch.linalg.solve(gram + ridge * eye, gram).diagonal().mean()
+
+    solve = torch.linalg.inv(gram + seen.noise_std[0] ** 2 * eye)
+    shift = solve @ (jacobian.T @ delta)
+    bias = (seen.noise_std[0] ** 4) * (solve @ solve).diagonal().mean()
+    pairs = [
+        (leakage(seen.noise_std[0] ** 2), told.leakage.value),
+        (leakage(told.required_noise_std**2), told.target_leakage),
+        (torch.linalg.vector_norm(update + noise), told.shared_norm),
+        (torch.linalg.vector_norm(shift), told.i2f),
+        (torch.linalg.vector_norm(jacobian.T @ delta) / torch.linalg.eigvalsh(gram)[-1], told.lower_bound),
+        (seen.noise_std[0], told.noise_std),
+        ((shift.square().mean() + bias).sqrt(), told.rmse),
+    ]
+    return torch.stack([value.log() - math.log(number) for value, number in pairs])
+
+
+def best_of(residual, starts, *, steps=25):
+    """Returns where Levenberg-Marquardt from several starts brings a residual closest to 0, and how close."""
+
+    def descended(x):
+        damping, r = 1.0, residual(x)
+        for _ in range(steps):
+            slope = jacrev(residual)(x)
+            step = torch.linalg.solve(slope.T @ slope + damping * torch.eye(len(x), dtype=x.dtype), slope.T @ r)
+            trial = residual(x - step)
+            if r.abs().max() < 1e-6:
+                break
+            if trial.norm() < r.norm():
+                x, r, damping = x - step, trial, damping / 3
+            else:
+                damping *= 4
+        return x, float(r.abs().max())
+
+    return min((descended(start) for start in starts), key=lambda found: found[1])
 
 
 def one_example(model, batches):

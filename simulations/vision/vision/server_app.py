@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import FedAvg, Result
 from flwr.supercore import log
 from torch import nn
 
-from fl_privacy.audit import AuditSettings, Executor, RayExecutor, SerialExecutor
+from fl_privacy.audit import AuditSettings, Executor, PublicExamples, RayExecutor, SerialExecutor
 from fl_privacy.audit.policy import FamilyChoice, Policy, PolicyAction
 from fl_privacy.audit.settings import Unit
 from fl_privacy.monitoring import RoundCallback, TensorBoardCallback
@@ -22,7 +22,7 @@ from fl_privacy.reference import ImageData
 from fl_privacy.strategies import InversionAudit
 from fl_privacy.strategies.inversion_audit import OnAuditFailure
 from vision.pictures import WorstClientPicture
-from vision.settings import Settings
+from vision.settings import BLIND_SOURCES, Settings
 from vision.task import load_data, new_model
 from vision.training import evaluate
 
@@ -47,6 +47,8 @@ def main(grid: Grid, context: Context) -> None:
         new_inner_strategy(settings),
         model=new_model(settings, data),
         loss=nn.CrossEntropyLoss(),
+        source=settings.audit_source,
+        public=new_public_examples(settings, data),
         settings=AuditSettings(
             unit=cast(Unit, settings.audit_unit),
             target_leakage=settings.audit_target_leakage,
@@ -88,9 +90,19 @@ def new_policy(settings: Settings) -> Policy:
     )
 
 
+def new_public_examples(settings: Settings, data: ImageData) -> PublicExamples | None:
+    """Returns test examples in place of the clients' own, for a source that needs them."""
+    if settings.audit_source not in BLIND_SOURCES:
+        return None
+    images, labels = data.test.select(slice(None))
+    # Over several steps the learning rate does not make a gradient of an update.
+    lr = settings.learning_rate if settings.local_steps == 1 else None
+    return PublicExamples(inputs=images.numpy(), labels=labels.numpy(), lr=lr)
+
+
 def new_picture(settings: Settings, data: ImageData) -> WorstClientPicture | None:
-    """Returns what draws the picture, for a run that is to have one."""
-    if not settings.picture:
+    """Returns what draws the picture, for a run that is to have one; it needs the batches."""
+    if not settings.picture or settings.audit_source != "trusted":
         return None
     beside = Path(settings.ledger) if "://" not in settings.ledger else Path("runs/vision")
     return WorstClientPicture(data.train, last_round=settings.num_server_rounds, folder=beside.with_suffix(".pictures"))

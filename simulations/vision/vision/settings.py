@@ -11,6 +11,10 @@ from fl_privacy.reference import DATASETS, MODELS
 
 DEFENCES = ("none", "local-dp", "prune")
 """What a client can do to its update. `mixed` hands them out in turn."""
+BLIND_SOURCES = ("proxy", "reconstructed")
+"""Of an audit that is given nothing but a client's update."""
+SOURCES = ("trusted", "client", *BLIND_SOURCES)
+"""Where an audit can take the Jacobian."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,7 @@ class Settings:
     dp_noise_multiplier: float
     dp_delta: float
     prune_keep: float
+    audit_source: str
     audit_unit: str
     audit_target_leakage: float
     audit_policy: str
@@ -60,6 +65,7 @@ class Settings:
             "dataset": tuple(sorted(DATASETS)),
             "model": tuple(sorted(MODELS)),
             "defence": ("mixed", *DEFENCES),
+            "audit_source": SOURCES,
             "audit_unit": ("example", "batch"),
             "audit_policy": ("report", "advise", "perturb", "exclude"),
             "audit_noise_family": ("isotropic", "shaped", "white", "auto"),
