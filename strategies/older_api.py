@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import time
 import zlib
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from logging import WARNING
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, Metadata, MetricRecord, RecordDict
 from flwr.app.message.message import make_message
-from flwr.common import EvaluateIns, EvaluateRes, FitIns, FitRes, Parameters, Scalar, ndarrays_to_parameters
+from flwr.common import (
+    EvaluateIns,
+    EvaluateRes,
+    FitIns,
+    FitRes,
+    MetricsAggregationFn,
+    Parameters,
+    Scalar,
+    ndarrays_to_parameters,
+)
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import Strategy as OlderStrategy
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from flwr.supercore import log
 from torch import nn
 
 from fl_privacy.audit.metrics import Origin
@@ -27,6 +41,7 @@ from fl_privacy.strategies.inversion_audit import InversionAudit
 
 _ARRAYS, _CONFIG, _METRICS, _WEIGHT = "arrays", "config", "metrics", "num-examples"
 
+ClientMetrics = list[tuple[int, dict[str, Scalar]]]
 FitResult = tuple[ClientProxy, FitRes]
 Failure = FitResult | BaseException
 
@@ -97,7 +112,8 @@ class OlderInversionAudit(OlderStrategy):
         failures: list[tuple[ClientProxy, EvaluateRes] | BaseException],
     ) -> tuple[float | None, dict[str, Scalar]]:
         """Returns the inner strategy's, which goes into the ledger, too."""
-        loss, metrics = self.strategy.aggregate_evaluate(server_round, results, failures)
+        with _guarded(self.strategy, "evaluate_metrics_aggregation_fn"):
+            loss, metrics = self.strategy.aggregate_evaluate(server_round, results, failures)
         self._note(server_round, "clients", loss, metrics)
         return loss, metrics
 
@@ -197,7 +213,8 @@ class _Bridge(Strategy):
             arrays = [array.numpy() for array in reply.content.array_records[_ARRAYS].values()]
             kept = FitRes(result.status, ndarrays_to_parameters(arrays), result.num_examples, result.metrics)
             results.append((proxy, kept))
-        self.aggregated = self._older.aggregate_fit(server_round, results, self.failures)
+        with _guarded(self._older, "fit_metrics_aggregation_fn"):
+            self.aggregated = self._older.aggregate_fit(server_round, results, self.failures)
         return None, MetricRecord()
 
     def configure_evaluate(
@@ -212,6 +229,59 @@ class _Bridge(Strategy):
 
     def summary(self) -> None:
         """Logs nothing: strategies of the older API have no summary."""
+
+
+@contextlib.contextmanager
+def _guarded(strategy: OlderStrategy, name: str) -> Iterator[None]:
+    """Lets a strategy's function of all clients' metrics see to it that one client's do not end the run.
+
+    Where it raises, and clients' metrics differ in name or kind, it is given those that most of them have, and the log
+    says so; what it raises then, or where they do not differ, is its own.
+    """
+    held = [(inner, fn) for inner in _nested(strategy) if callable(fn := getattr(inner, name, None))]
+    for inner, fn in held:
+        setattr(inner, name, functools.partial(_aggregated_metrics, fn))
+    try:
+        yield
+    finally:
+        for inner, fn in held:
+            setattr(inner, name, fn)
+
+
+def _nested(strategy: object) -> Iterator[object]:
+    """Yields a strategy, and those that it wraps."""
+    while isinstance(strategy, OlderStrategy):
+        yield strategy
+        strategy = getattr(strategy, "strategy", None)
+
+
+def _aggregated_metrics(aggregate: MetricsAggregationFn, metrics: ClientMetrics) -> dict[str, Scalar]:
+    try:
+        return aggregate(metrics)
+    except Exception as error:
+        kinds = [frozenset((name, _kind(value)) for name, value in (own or {}).items()) for _, own in metrics]
+        counts = Counter(kinds)
+        if len(counts) < 2:
+            raise
+        most = max(counts.values())
+        usual = min(
+            (kind for kind, count in counts.items() if count == most), key=lambda kind: (-len(kind), sorted(kind))
+        )
+        kept = [own for own, kind in zip(metrics, kinds, strict=True) if kind == usual]
+        log(
+            WARNING,
+            "fl_privacy: the function of the clients' metrics failed (%s: %s); it is given those of the %d of %d "
+            "clients that agree on names and kinds",
+            type(error).__name__,
+            error,
+            len(kept),
+            len(metrics),
+        )
+        return aggregate(kept)
+
+
+def _kind(value: Scalar) -> str:
+    return "number" if isinstance(value, int | float) else type(value).__name__
 
 
 def _content(bridge: _Bridge, result: FitRes) -> RecordDict:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from flwr.app import Message
+from flwr.app import Message, MetricRecord
 
 from fl_privacy.audit.claims import Defence, Traces
 from fl_privacy.audit.estimate import LeakageEstimate, Source, Status
@@ -110,7 +110,7 @@ def read_replies(
         elif not reply.has_error():
             _reject(readings[-1], Status.INVALID_UPDATE, "a reply from a node that was not asked")
     if weighted_by is not None:
-        _reject_odd_ones(readings, weighted_by)
+        _reject_odd_ones(readings, weighted_by, _records_sent(sent))
     for node_id in silent:
         row = _row(server_round, node_id, Status.NO_REPLY, detail="asked, and never answered")
         readings.append(Reading(node_id, None, row))
@@ -272,9 +272,19 @@ def _check_captured(
             raise RecordError(f"NaN or infinity in the captured update of {name}")
 
 
-def _reject_odd_ones(readings: Sequence[Reading], weighted_by: str) -> None:
-    """Leaves out replies without a weight, and those whose records are not shaped as most of the others' are."""
-    shapes: dict[int, Hashable] = {}
+def _records_sent(sent: Sequence[Message]) -> tuple[str, ...]:
+    """Returns the names of the array records in a round's messages."""
+    return tuple(sent[0].content.array_records) if sent else ()
+
+
+def _reject_odd_ones(readings: Sequence[Reading], weighted_by: str, sent: tuple[str, ...]) -> None:
+    """Leaves out replies without a weight, and those whose records are not shaped as most of the others' are.
+
+    Of shapes that are equally frequent, those count whose arrays have the name under which they were sent. Where only
+    metrics tell them apart nobody is left out, but metrics that not all of them hold are. Who answers first decides
+    nothing.
+    """
+    shapes: dict[int, _Shape] = {}
     for index, reading in enumerate(readings):
         if not reading.aggregable or reading.reply is None or reading.reply.has_error():
             continue
@@ -289,11 +299,17 @@ def _reject_odd_ones(readings: Sequence[Reading], weighted_by: str) -> None:
         shapes[index] = _shape_of(reading.reply)
     if not shapes:
         return
-    usual, _ = Counter(shapes.values()).most_common(1)[0]
+    counts = Counter(shapes.values())
+    tied = [shape for shape, count in counts.items() if count == max(counts.values())]
+    records = min((shape.records for shape in tied), key=lambda records: (records[0] != sent, records))
+    usual = {shape for shape in tied if shape.records == records}
+    common = frozenset.intersection(*(shape.metrics for shape in usual))
     for index, shape in shapes.items():
-        if shape != usual:
+        if shape not in usual:
             detail = "its records or metrics are not those of the other replies: they cannot be averaged together"
             _reject(readings[index], Status.INVALID_UPDATE, detail)
+        elif shape.metrics != common:
+            _drop_metrics(readings[index], {name for name, _ in shape.metrics - common})
 
 
 def _are_all_the_same(replies: Sequence[Message]) -> bool:
@@ -320,11 +336,28 @@ def _mark_aggregate(reading: Reading) -> None:
         reading.row = _changed(reading.row, status=Status.AGGREGATE_ONLY)
 
 
-def _shape_of(reply: Message) -> Hashable:
-    """Names of a reply's records and metrics, and the lengths of metrics that are lists."""
+def _drop_metrics(reading: Reading, names: set[str]) -> None:
+    """Takes metrics out of a reply that as many other replies do not hold."""
+    assert reading.reply is not None
+    ((key, metrics),) = reading.reply.content.metric_records.items()
+    reading.reply.content[key] = MetricRecord({name: value for name, value in metrics.items() if name not in names})
+    listed = ", ".join(f"{name:.80}" for name in sorted(names)[:3])
+    detail = f"not averaged: its metrics {listed}, which as many other replies do not hold or hold in another length"
+    reading.row = _changed(reading.row, detail=joined(reading.row.detail, detail))
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What replies must have in common to be averaged: records by name, metrics by name and length (-1: a number)."""
+
+    records: tuple[tuple[str, ...], str]
+    metrics: frozenset[tuple[str, int]]
+
+
+def _shape_of(reply: Message) -> _Shape:
     (name, metrics), *_ = reply.content.metric_records.items()
     lengths = {key: len(value) if isinstance(value, list) else -1 for key, value in metrics.items()}
-    return tuple(reply.content.array_records), name, frozenset(lengths.items())
+    return _Shape((tuple(reply.content.array_records), name), frozenset(lengths.items()))
 
 
 def _num_examples(reply: Message) -> int | None:

@@ -212,6 +212,51 @@ class TestMetrics:
         assert_the_round_went_on(strategy, result)
 
 
+class TestTies:
+    """As many replies of one shape as of another: who comes first must not decide."""
+
+    def tied(self, *pairs):
+        """Plays a round of clients that answer with (metrics, name of the arrays' record); returns rows and result."""
+        strategy = audit(fed_avg())
+        strategy._sent = sent = [train_message() for _ in pairs]
+        strategy._arrays = ArrayRecord(new_model().state_dict())
+        replies = []
+        for node, (message, (metrics, name)) in enumerate(zip(sent, pairs, strict=True)):
+            message.metadata.__dict__.update(_message_id=f"m{node}", _dst_node_id=node)
+            content = RecordDict({name: honest_content(HOSTILE, False)["arrays"], "metrics": MetricRecord(metrics)})
+            replies.append(through_the_wire(Message(content=content, reply_to=message)))
+        arrays, averaged = strategy.aggregate_train(1, replies)
+        return {row.node_id: row for row in strategy.estimates}, set(arrays), averaged
+
+    PLAIN = ({"num-examples": 4, "loss": 1.0}, "arrays")
+
+    @pytest.mark.parametrize("first", [0, 1])
+    @pytest.mark.parametrize(
+        "other", [{"num-examples": 4, "x": 1.0}, {"num-examples": 4, "loss": [1.0, 2.0]}, {"num-examples": 4}]
+    )
+    def test_metrics_that_only_half_of_them_hold_are_not_averaged_and_every_update_is(self, other, first):
+        pairs = [self.PLAIN, (other, "arrays")]
+        rows, _, averaged = self.tied(*(pairs[::-1] if first else pairs))
+        assert {row.action for row in rows.values()} == {"passed"}
+        assert not {"loss", "x"} & set(averaged)
+        row = rows[1 if first else 0]
+        assert "not averaged: its metrics loss, which as many other replies do not hold" in row.detail
+
+    @pytest.mark.parametrize("first", [0, 1])
+    def test_arrays_go_by_the_name_under_which_they_were_sent(self, first):
+        pairs = [self.PLAIN, (self.PLAIN[0], "a-name-of-its-own")]
+        rows, _, averaged = self.tied(*(pairs[::-1] if first else pairs))
+        odd = rows[0 if first else 1]
+        assert (odd.status, odd.action) == (Status.INVALID_UPDATE, "excluded")
+        assert rows[1 if first else 0].action == "passed"
+        assert averaged["loss"] == 1.0
+
+    def test_a_majority_that_names_them_otherwise_is_the_apps_own_choice(self):
+        rows, names, _ = self.tied(*[(self.PLAIN[0], "weights")] * 2, self.PLAIN)
+        assert [row.action for row in rows.values()] == ["passed", "passed", "excluded"]
+        assert names == set(new_model().state_dict())
+
+
 class TestReports:
     @pytest.mark.parametrize("source", ["trusted", "client"])
     @FUZZ

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.client import NumPyClient
-from flwr.common import Code, EvaluateIns, FitIns, FitRes, ndarrays_to_parameters, parameters_to_ndarrays
+from flwr.common import Code, EvaluateIns, EvaluateRes, FitIns, FitRes, ndarrays_to_parameters, parameters_to_ndarrays
 from flwr.common import Status as FlowerStatus
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg
@@ -223,6 +223,49 @@ class TestARound:
         assert f"got {weight}" in row.detail
         for ours, theirs in zip(parameters_to_ndarrays(parameters), plain(NODES[1:]), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+
+    @pytest.mark.parametrize("odd", [{}, {"loss": "low"}, {"other": 1.0}, {"loss": b"1"}])
+    @pytest.mark.parametrize("place", range(3))
+    def test_metrics_that_the_strategys_function_cannot_take_cost_their_client_the_say_in_them_alone(self, odd, place):
+        def change(results):
+            _, result = results[place]
+            result.metrics = {name: value for name, value in result.metrics.items() if name != "loss"} | odd
+            return results
+
+        strategy, proxies = self.averaging()
+        initial = ndarrays_to_parameters([value.numpy() for value in new_model().state_dict().values()])
+        asked = strategy.configure_fit(1, initial, None)
+        parameters, metrics = strategy.aggregate_fit(
+            1, change([(proxy, proxy.fit(ins, None, None)) for proxy, ins in asked]), []
+        )
+        assert metrics["mean-loss"] == 1.0
+        for ours, theirs in zip(parameters_to_ndarrays(parameters), plain(NODES), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+        evaluated = [EvaluateRes(FlowerStatus(Code.OK, ""), 0.5, 4, {"loss": 1.0}) for _ in NODES]
+        evaluated[place].metrics = odd
+        assert strategy.aggregate_evaluate(1, list(zip(proxies, evaluated, strict=True)), [])[1] == {"mean-loss": 1.0}
+
+    def averaging(self):
+        """A strategy that averages a metric, as everybody's does: it raises where one client does not give it."""
+
+        def mean(metrics):
+            return {"mean-loss": sum(n * own["loss"] for n, own in metrics) / sum(n for n, _ in metrics)}
+
+        proxies = [Proxy(node, audited(node)) for node in NODES]
+        inner = Chosen(proxies)
+        inner.fit_metrics_aggregation_fn = inner.evaluate_metrics_aggregation_fn = mean
+        strategy = OlderInversionAudit(
+            inner, model=new_model(), loss=nn.CrossEntropyLoss(), ledger=None, show=False, settings=SETTINGS
+        )
+        return strategy, proxies
+
+    def test_an_error_in_the_function_itself_is_the_users_to_see(self):
+        strategy, proxies = self.averaging()
+        strategy.strategy.evaluate_metrics_aggregation_fn = broken = lambda metrics: 1 / 0
+        evaluated = [EvaluateRes(FlowerStatus(Code.OK, ""), 0.5, 4, {"loss": 1.0}) for _ in NODES]
+        with pytest.raises(ZeroDivisionError):
+            strategy.aggregate_evaluate(1, list(zip(proxies, evaluated, strict=True)), [])
+        assert strategy.strategy.evaluate_metrics_aggregation_fn is broken
 
     def test_arrays_of_another_model_are_refused_before_a_client_trains(self):
         strategy = OlderInversionAudit(Chosen([]), model=new_model(), loss=nn.CrossEntropyLoss(), ledger=None)
