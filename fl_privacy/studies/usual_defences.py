@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fl_privacy.attacks import GaussNewton, IndependentNoise, IsotropicNoise, Noise
 from fl_privacy.attacks.mechanisms import PRECISION, AddedNoise, HalfPrecision, Mechanism, Pruning, UniformQuantization
+from fl_privacy.extras import require
 from fl_privacy.pictures.rebuilding import observed_version, predicted_recovery
 from fl_privacy.studies.results import Portion
 from fl_privacy.studies.scene import Scene, SceneSettings
@@ -175,12 +176,16 @@ def _summarize(settings: UsualDefencesSettings, rows: Sequence[UsualDefencesRow]
         / len(rows)
         for what in ("equal_power", "audited", "informed")
     }
+    pruned = [row for row in rows if row.defence == "prune"]
+    order = {what: _spearman(pruned, what) for what in ("equal_power", "audited", "informed")}
     return Summary(
         f"Medians over {len({row.image for row in rows})} images, at equal cosine similarity of the shared update. An "
         f"attack comes more than 20 % below noise of equal power in {beaten['equal_power']:.0%} of runs, below the "
         f"audit's prediction in {beaten['audited']:.0%} and below that for whoever knows the noise's shape in "
         f"{beaten['informed']:.0%}; least squares failed to explain the update in "
-        f"{sum(not row.explained for row in rows) / len(rows):.0%}.",
+        f"{sum(not row.explained for row in rows) / len(rows):.0%}. Over pruned updates the error has a Spearman "
+        f"correlation of {order['equal_power']:.2f} with the prediction for equal power, {order['audited']:.2f} with "
+        f"the audit's and {order['informed']:.2f} with that for a known shape.",
         (
             "as pruning",
             "defence",
@@ -193,6 +198,13 @@ def _summarize(settings: UsualDefencesSettings, rows: Sequence[UsualDefencesRow]
         ),
         tuple(lines),
     )
+
+
+def _spearman(rows: Sequence[UsualDefencesRow], what: str) -> float:
+    if len(rows) < 3:
+        return math.nan
+    predicted, reached = [getattr(row, what) for row in rows], [min(row.error, row.informed_error) for row in rows]
+    return float(require("scipy.stats").spearmanr(predicted, reached).statistic)
 
 
 def _draw(settings: UsualDefencesSettings, rows: Sequence[UsualDefencesRow], figure: Figure) -> None:
