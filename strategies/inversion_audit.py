@@ -80,6 +80,9 @@ class InversionAudit(Strategy):
         loss: (outputs, labels) -> scalar mean loss, the one that clients train with.
         expected_defence: What every client is to do to its update before it shares it. Whether an update shows it is
             seen from the update alone, as is what a client claims (`fl_privacy.audit.claims`); rows say what lacks.
+        most_examples: Most examples, times local steps, that can be behind an update, where whoever runs the federation
+            knows it. Noise shows beyond the rank that so many explain; a client that says more is not believed, and its
+            row says so. `None`: a client's word is all there is.
         source: Where the Jacobian is taken: at batches that clients hand over (`trusted`), or on the clients, which
             audit themselves and send scalars (`client`), either only for clients that allow it; at public examples
             scaled to the update that arrived (`proxy`), or at what an attack rebuilds from it (`reconstructed`), for
@@ -118,6 +121,7 @@ class InversionAudit(Strategy):
         model: nn.Module,
         loss: Loss,
         expected_defence: Defence | None = None,
+        most_examples: int | None = None,
         source: str | Source = Source.TRUSTED,
         public: PublicExamples | None = None,
         policy: Policy | PolicyAction = "report",
@@ -142,6 +146,8 @@ class InversionAudit(Strategy):
                 f"expected on_audit_failure to be one of {', '.join(get_args(OnAuditFailure))}, "
                 f"got {on_audit_failure!r}"
             )
+        if most_examples is not None and most_examples < 1:
+            raise InvalidInputError(f"expected most_examples >= 1, got {most_examples}")
         if source not in SOURCES:
             raise InvalidInputError(f"expected source to be one of {', '.join(SOURCES)}, got {source!r}")
         _check_public(Source(source), public, model, loss, settings or AuditSettings())
@@ -153,6 +159,7 @@ class InversionAudit(Strategy):
         self._examine = examine
         self.result: Result | None = None
         self.expected_defence = expected_defence
+        self._most_examples = most_examples
         self._model, self._cross_entropy = model, isinstance(loss, nn.CrossEntropyLoss)
         self.expect_aggregates = False  # whether replies that are all the same mean secure aggregation
         self._lr: dict[int, float] = {}
@@ -430,6 +437,7 @@ class InversionAudit(Strategy):
         }
         found = {name: traces.shortfall(defence) for name, defence in said.items() if defence is not None}
         wrong = "; ".join(f"less than {name}: {shortfall}" for name, shortfall in found.items() if shortfall)
+        unseen = self._unseen(row, traces) if any(d is not None and d.noise_std for d in said.values()) else ""
         if wrong and row.source is Source.CLIENT and row.status.has_estimate:  # its estimate is its word, too
             row = replace(row, status=Status.UNVERIFIED)
         return replace(
@@ -437,13 +445,27 @@ class InversionAudit(Strategy):
             observed_noise_std=traces.noise_std,
             observed_sparsity=traces.sparsity,
             claim_holds=not wrong if found else None,
-            detail=joined(row.detail, wrong),
+            detail=joined(row.detail, wrong, unseen),
+        )
+
+    def _unseen(self, row: LeakageEstimate, traces: Traces) -> str:
+        """Returns why an update could not be looked at by rank, where a client's own word is the reason."""
+        most = self._most_examples
+        if most is not None and row.num_examples is not None and row.num_examples > most:
+            return (
+                f"it says {row.num_examples} examples, and at most {most} can be behind an update: those were believed"
+            )
+        if not traces.explained:
+            return ""
+        return (
+            "noise was not looked for by rank: so many examples explain any, and whether there were so many cannot be "
+            "told from the update; InversionAudit(most_examples=...) bounds what is believed"
         )
 
     def _look(self, shared: Mapping[str, Array], num_examples: int | None) -> Traces:
-        return find_traces(
-            self._model, shared, cross_entropy=self._cross_entropy, rank=num_examples, logits=self._logits_layer
-        )
+        most = self._most_examples
+        rank = num_examples if most is None or num_examples is None else min(num_examples, most)
+        return find_traces(self._model, shared, cross_entropy=self._cross_entropy, rank=rank, logits=self._logits_layer)
 
     @cached_property
     def _logits_layer(self) -> str | None:

@@ -172,7 +172,7 @@ def _read(
     except UnusableUpdateError as error:
         _reject(reading, Status.INVALID_UPDATE, str(error))
         return reading
-    reading.traces = look(shared, row.num_examples)
+    reading.traces = look(shared, _examples_behind(report, row.num_examples))
     reading.claim = None if report is None else report.claim
     if request.kind == CLAIM:  # with a report or without: there is an update
         reading.shared = shared
@@ -190,6 +190,12 @@ def _read(
     except FLPrivacyError as error:
         reading.row = _changed(reading.row, status=Status.INVALID_REPORT, detail=str(error))
     return reading
+
+
+def _examples_behind(report: ClientReport | None, said: int | None) -> int | None:
+    """Returns how many examples are behind an update: as many as its steps name, where they are told, or as is said."""
+    named = sum(map(len, report.trace.batches)) if report is not None and report.trace is not None else 0
+    return named or said
 
 
 def _disclose(reading: Reading, report: ClientReport, shared: Mapping[str, Array], request: Request) -> None:

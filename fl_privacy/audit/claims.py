@@ -75,11 +75,14 @@ class Traces:
             leaves least room. `None`: no layer tells.
         samples: Number of independent samples behind it.
         sparsity: Share of entries that are exactly zero.
+        explained: Whether so many examples are said to be behind the update that no layer's rank tells anything: more
+            cannot be told from the update alone.
     """
 
     noise_std: float | None
     samples: int
     sparsity: float
+    explained: bool = False
 
     @property
     def relative_error(self) -> float:
@@ -128,9 +131,10 @@ def find_traces(
             sums.append(bias.astype(np.float64).sum(keepdims=True))
         off = np.concatenate(sums) / math.sqrt(len(weight))
         found.append((float((off**2).sum()), off.size))
-    for name in linear if rank is not None and rank > 0 else ():
-        layer = update[f"{name}.weight"]
-        if rank < min(layer.shape) <= _LARGEST_SIDE and layer.size <= _MOST_ENTRIES:
+    layers = [update[f"{name}.weight"] for name in linear] if rank is not None and rank > 0 else []
+    layers = [layer for layer in layers if min(layer.shape) <= _LARGEST_SIDE and layer.size <= _MOST_ENTRIES]
+    for layer in layers:
+        if rank is not None and rank < min(layer.shape):
             beyond = np.linalg.svd(layer.astype(np.float64), compute_uv=False)[rank:]
             of_noise = _singular_values_of_noise(layer.shape)[rank:]
             found.append((float((beyond**2).sum()), int((of_noise**2).sum())))
@@ -138,7 +142,8 @@ def find_traces(
     std, samples = min(estimates, key=lambda estimate: estimate[0] / _room(estimate[1]), default=(None, 0))
     size = sum(array.size for array in update.values())
     zeros = sum(int((array == 0).sum()) for array in update.values())
-    return Traces(noise_std=std, samples=samples, sparsity=zeros / max(1, size))
+    explained = rank is not None and bool(layers) and all(rank >= min(layer.shape) for layer in layers)
+    return Traces(noise_std=std, samples=samples, sparsity=zeros / max(1, size), explained=explained)
 
 
 def logits_layer(model: nn.Module, inputs: Tensor) -> str:

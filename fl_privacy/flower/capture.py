@@ -89,10 +89,9 @@ class TrainingCapture:
         self._initial = initial
         self._max_bytes = max_bytes
         self._bytes = 0
-        self._examples: dict[bytes, int] = {}
         self._inputs: list[Array] = []
         self._labels: list[Array] = []
-        self._shifted: dict[bytes, int] = {}
+        self._known: dict[bytes, int] = {}
         self._shifts: dict[int, tuple[Array, Any]] = {}
         self._shift: InputShift | None = None
         self._batches: list[tuple[int, ...]] = []
@@ -140,7 +139,7 @@ class TrainingCapture:
                 self._fail("inputs with noise on them were bounded differently from call to call")
             self._shift = shift
             for key, index in zip(_keys(_to_numpy(given), _to_numpy(labels)), indices, strict=True):
-                self._shifted[key] = index
+                self._known.setdefault(key, index)
             self._shifts.update(zip(indices, zip(shift.noise, shift.leakage, strict=True), strict=True))
 
     @property
@@ -209,17 +208,16 @@ class TrainingCapture:
         if self._problem:
             return ()
         keys = _keys(x, y)
-        known = {**self._shifted, **self._examples}
-        new = {key: (row, label) for key, row, label in zip(keys, x, y, strict=True) if key not in known}
+        new = {key: (row, label) for key, row, label in zip(keys, x, y, strict=True) if key not in self._known}
         self._bytes += sum(map(len, new))
         if self._bytes > self._max_bytes:
             self._fail(f"the examples exceed {self._max_bytes} bytes, the most that is handed over")
             return ()
         for key, (row, label) in new.items():
-            self._examples[key] = len(self._inputs)
+            self._known[key] = len(self._inputs)
             self._inputs.append(row)
             self._labels.append(label)
-        return tuple(known[key] if key in known else self._examples[key] for key in keys)
+        return tuple(self._known[key] for key in keys)
 
     def _add_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizers.add(type(optimizer).__name__)

@@ -75,6 +75,13 @@ class TestNoise:
             assert found.noise_std == pytest.approx(std, rel=0.15)
             assert found.samples > 1000
 
+    def test_it_is_known_whether_so_many_examples_explain_any_rank(self):
+        update = trained(0, batch=4)
+        found = [
+            find_traces(MODEL, update, cross_entropy=True, rank=rank).explained for rank in (None, 4, 39, 40, 10**9)
+        ]
+        assert found == [False, False, False, True, True]
+
     def test_a_rank_that_leaves_nothing_tells_nothing(self):
         assert find_traces(MODEL, trained(0), cross_entropy=False, rank=64).noise_std is None
 

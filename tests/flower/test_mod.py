@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from fl_privacy.flower import InversionAuditMod, record_batch, record_batches
+from fl_privacy.flower.capture import TrainingCapture
 from fl_privacy.flower.records import BATCHES, REPORT_KEY, REQUEST_KEY
 
 from .cases import (
@@ -385,3 +388,14 @@ class TestStackedWithFlowersMods:
 
 def flat(change):
     return torch.cat([tensor.flatten() for tensor in change.values()]).numpy()
+
+
+def test_what_is_recorded_takes_time_in_proportion_to_the_examples():
+    """Twenty thousand batches of one: looking through all that were seen for each would take many times as long."""
+    capture = TrainingCapture({}, max_bytes=2**30)
+    inputs, labels = torch.arange(20_000.0)[:, None, None], torch.zeros(20_000, 1, dtype=torch.long)
+    started = time.process_time()
+    for x, y in zip(inputs, labels, strict=True):
+        capture.add_batch(x, y)
+    assert time.process_time() - started < 1.5
+    assert len(capture.examples()[0]) == 20_000

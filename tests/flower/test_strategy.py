@@ -566,6 +566,48 @@ class TestClaims:
             assert "less than what is expected of every client" in row.detail
 
     @pytest.mark.parametrize(
+        ("source", "said", "most", "holds", "detail"),
+        [
+            ("client", 4, None, False, "less than its claim"),
+            ("client", 1000, None, True, "noise was not looked for by rank: so many examples explain any"),
+            ("client", 1000, 4, False, "it says 1000 examples, and at most 4 can be behind an update"),
+            ("trusted", 1000, None, False, "less than its claim"),
+        ],
+    )
+    def test_a_client_that_says_more_examples_than_it_has_hides_noise_that_is_not_there_only_where_nothing_bounds_them(
+        self, source, said, most, holds, detail
+    ):
+        """Noise where the sums of the logits' layer look, and nowhere else."""
+
+        def model():
+            torch.manual_seed(0)
+            return nn.Sequential(nn.Flatten(), nn.Linear(16, 40), nn.Tanh(), nn.Linear(40, 3))
+
+        def last_layer_only(content):
+            rng = np.random.default_rng(0)
+            arrays = {name: array.numpy() for name, array in content["arrays"].items()}
+            for name in ("3.weight", "3.bias"):
+                arrays[name] = (arrays[name] + self.NOISE * rng.normal(size=arrays[name].shape)).astype(np.float32)
+            content["arrays"] = ArrayRecord({name: Array(array) for name, array in arrays.items()})
+            content["metrics"]["num-examples"] = said
+
+        claim = Defence(kind="local-dp", noise_std=self.NOISE)
+        mod = InversionAuditMod(
+            hand_over_batches=True, defence=claim, model=lambda context: model(), loss=nn.CrossEntropyLoss()
+        )
+        strategy = audit(model=model(), source=source, most_examples=most, settings=AuditSettings(max_examples=1))
+        run(strategy, LocalGrid({ODD: new_app(editing(last_layer_only), mod, model=model)}), model=model)
+        row = row_of(strategy)
+        assert row.claim_holds == holds
+        assert detail in row.detail
+        if holds:
+            assert "InversionAudit(most_examples=...) bounds what is believed" in row.detail
+
+    def test_a_bound_on_examples_is_positive(self):
+        with pytest.raises(InvalidInputError, match="most_examples >= 1, got 0"):
+            audit(most_examples=0)
+
+    @pytest.mark.parametrize(
         "claim", [[1], {"kind": 3}, {"kind": "x", "noise_std": -1}, {"kind": "x", "sparsity": "all"}]
     )
     def test_a_forged_claim_is_an_invalid_report(self, claim):
