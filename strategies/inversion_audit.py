@@ -43,7 +43,7 @@ from fl_privacy.influence.update import Loss
 from fl_privacy.monitoring.callback import RoundCallback, close_all, notify, notify_pictures
 from fl_privacy.strategies.actions import PolicyActions
 from fl_privacy.strategies.display import RoundDisplay
-from fl_privacy.strategies.replies import Reading, read_replies
+from fl_privacy.strategies.replies import Reading, evaluations, read_replies
 
 OnAuditFailure = Literal["continue", "exclude"]
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
@@ -305,8 +305,13 @@ class InversionAudit(Strategy):
         return self.strategy.configure_evaluate(server_round, arrays, config, grid)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Returns the inner strategy's metrics, which go into the ledger, too."""
-        return self.note_metrics(server_round, "clients", self.strategy.aggregate_evaluate(server_round, replies))
+        """Returns the inner strategy's metrics, which go into the ledger, too, without replies that would end the run."""
+        replies, weight = list(replies), _weight_of(self.strategy)
+        passed = replies if weight is None else evaluations(replies, weight)
+        if len(passed) < len(replies):
+            left = len(replies) - len(passed)
+            log(WARNING, "fl_privacy: %d of %d evaluations cannot be averaged, and are left out", left, len(replies))
+        return self.note_metrics(server_round, "clients", self.strategy.aggregate_evaluate(server_round, passed))
 
     def _noting(self, evaluate_fn: EvaluateFn | None) -> EvaluateFn | None:
         """Returns the server's evaluation with its metrics going into the ledger."""

@@ -342,6 +342,18 @@ def _mark_aggregate(reading: Reading) -> None:
         reading.row = _changed(reading.row, status=Status.AGGREGATE_ONLY)
 
 
+def evaluations(replies: Sequence[Message], weighted_by: str) -> list[Message]:
+    """Returns an evaluation's replies, but for those that the inner strategy cannot average with the others.
+
+    Args:
+        replies: What came back, errors among it, which stay.
+        weighted_by: As for `read_replies`.
+    """
+    readings = [Reading(0, reply, _row(0, 0, Status.UNPROTECTED)) for reply in replies]
+    _reject_odd_ones(readings, weighted_by, ())
+    return [reply for reply, reading in zip(replies, readings, strict=True) if reading.aggregable]
+
+
 def _drop_metrics(reading: Reading, names: set[str]) -> None:
     """Takes metrics out of a reply that as many other replies do not hold."""
     assert reading.reply is not None

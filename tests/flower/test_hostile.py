@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import io
 import json
@@ -13,18 +15,47 @@ import zipfile
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common import FitIns, FitRes, Parameters, ndarrays_to_parameters, parameters_to_ndarrays
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from fl_privacy.audit import AuditSettings, Status
+from fl_privacy.audit import AuditSettings, PublicExamples, Source, Status
+from fl_privacy.flower import InversionAuditMod
+from fl_privacy.flower.disclosure import Disclosure
+from fl_privacy.flower.older_api import NAMES_KEY
 from fl_privacy.flower.records import REPORT_KEY, encode_report
+from fl_privacy.flower.request import Request
+from fl_privacy.strategies import OlderInversionAudit
 
-from .cases import audited_app, new_app, new_context, new_model, report_of, through_the_wire, train_message
+from .cases import (
+    CLASSES,
+    LR,
+    SHAPE,
+    audited_app,
+    new_app,
+    new_context,
+    new_model,
+    report_of,
+    through_the_wire,
+    train_message,
+)
+from .test_older_api import Chosen, Proxy, Trainer, audited, own
 from .test_records import PAYLOADS, SIZES, TRACES, changed
 from .test_strategy import audit, fed_avg
 
 FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEWER = settings(FUZZ, max_examples=30)
 HONEST, HOSTILE = (10, 20), 30
+SETTINGS = AuditSettings(max_examples=1, max_steps=4, solve_steps=4, prior_std=1.0, data_range=1.0)
+BLIND = ("proxy", "reconstructed")
+PUBLIC = PublicExamples(
+    inputs=np.random.default_rng(0).normal(size=(12, *SHAPE)).astype(np.float32),
+    labels=np.arange(12) % CLASSES,
+    lr=LR,
+    attack_steps=2,
+    max_rebuilt=1,
+)
 
 
 class Trap:
@@ -43,14 +74,21 @@ def honest_content(node: int, audited: bool):
     return app(train_message(), new_context(node)).content
 
 
-def play(hostile: RecordDict, *, source: str = "trusted", times: int = 1):
+def play(hostile: RecordDict, *, source: str = "trusted", times: int = 1, **changes):
     """Plays one round in which one client answers with the given content; returns the strategy and the result."""
-    strategy = audit(fed_avg(), source=source, settings=AuditSettings(max_examples=1, prior_std=1.0, data_range=1.0))
+    strategy = audit(
+        fed_avg(),
+        source=source,
+        public=PUBLIC if source in BLIND else None,
+        settings=dataclasses.replace(SETTINGS, **changes),
+    )
     strategy._sent = sent = [train_message() for _ in (*HONEST, HOSTILE)]
+    strategy._requests = {node: strategy._request(node) for node in (*HONEST, HOSTILE)}
     strategy._arrays = ArrayRecord(new_model().state_dict())
     replies = []
     for index, (message, node) in enumerate(zip(sent, (*HONEST, HOSTILE), strict=True)):
         message.metadata.__dict__.update(_message_id=f"m{index}", _dst_node_id=node)
+        strategy._note_learning_rate(message)
         content = hostile if node == HOSTILE else RecordDict(dict(honest_content(node, False)))
         answer = through_the_wire(Message(content=content, reply_to=message))
         replies += [answer] * (times if node == HOSTILE else 1)
@@ -66,7 +104,9 @@ def assert_the_round_went_on(strategy, result, *, nodes=3):
     assert len(strategy.estimates) >= nodes
     for node in HONEST:
         (row,) = [row for row in strategy.estimates if row.node_id == node]
-        assert (row.status, row.action) == (Status.UNPROTECTED, "passed")
+        audited = row.status in (Status.APPROXIMATE, Status.UNVERIFIED, Status.AUDIT_FAILED)
+        assert audited if strategy.source in BLIND else row.status is Status.UNPROTECTED
+        assert row.action == "passed"
     assert metrics is not None
     for name, array in arrays.items():
         assert np.isfinite(array.numpy()).all(), name
@@ -189,6 +229,18 @@ class TestMetrics:
         assert detail in row.detail
         assert_the_round_went_on(strategy, result)
 
+    @pytest.mark.parametrize("name", METRICS)
+    @pytest.mark.parametrize("place", [0, 2])
+    def test_an_evaluation_that_cannot_be_averaged_with_the_others_ends_no_run(self, name, place):
+        metrics, _ = METRICS[name]
+        strategy = audit(fed_avg())
+        contents = [RecordDict({"metrics": MetricRecord({"num-examples": 4, "loss": 1.0})}) for _ in range(2)]
+        odd = RecordDict() if metrics is ... else RecordDict({"metrics": MetricRecord(metrics)})
+        contents.insert(place, odd)
+        asked = train_message(kind="evaluate", request=None)
+        replies = [through_the_wire(Message(content=content, reply_to=asked)) for content in contents]
+        assert strategy.aggregate_evaluate(1, replies) == {"loss": 1.0}
+
     def test_a_record_by_another_name_too(self):
         good = honest_content(HOSTILE, True)
         content = content_with(metrics=..., others=good["metrics"])
@@ -257,14 +309,97 @@ class TestTies:
         assert names == set(new_model().state_dict())
 
 
+NUMBERS = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+class TestUpdates:
+    """Arrays and weights that can be averaged, whatever they hold."""
+
+    @pytest.mark.parametrize("source", ["trusted", "client", *BLIND])
+    @FEWER
+    @given(
+        fill=st.dictionaries(st.sampled_from(sorted(new_model().state_dict())), NUMBERS | st.none(), max_size=4),
+        scale=st.sampled_from([0.0, 1e-40, 1e-20, 1.0, 1e10, 1e30]),
+        count=st.integers(1, 2**53 - 1) | st.floats(min_value=1e-300, max_value=9e15) | st.just(1),
+        claim=st.none()
+        | st.fixed_dictionaries({"kind": st.text(max_size=5), "noise_std": st.floats(), "sparsity": NUMBERS}),
+    )
+    def test_any_numbers(self, source, fill, scale, count, claim):
+        good = honest_content(HOSTILE, True)
+        arrays = {name: scale * array.numpy() for name, array in good["arrays"].items()}
+        for name, value in fill.items():
+            arrays[name] = arrays[name] if value is None else np.full_like(arrays[name], value)
+        head = {**json.loads(good[REPORT_KEY]["head"]), "claim": claim}
+        strategy, result = play(
+            content_with(
+                arrays=ArrayRecord({name: Array(array.astype(np.float32)) for name, array in arrays.items()}),
+                metrics=MetricRecord({"num-examples": count, "loss": 1.0}),
+                **{REPORT_KEY: ConfigRecord({**good[REPORT_KEY], "head": json.dumps(head)})},
+            ),
+            source=source,
+        )
+        assert_the_round_went_on(strategy, result)
+        row = hostile_row(strategy)
+        if row.leakage is not None:
+            assert 0 <= row.leakage.lower <= row.leakage.value <= row.leakage.upper <= 1
+
+
+@functools.cache
+def honest_estimate():
+    """A client's answer with the scalars of its own audit."""
+    app = new_app(InversionAuditMod(model=lambda context: new_model(), loss=nn.CrossEntropyLoss()))
+    return app(train_message(**Request.for_estimate(SETTINGS).entries(), request=None), new_context(HOSTILE)).content
+
+
+class TestEstimates:
+    @FUZZ
+    @given(
+        changes=st.dictionaries(
+            st.sampled_from([field.name for field in dataclasses.fields(Disclosure)]) | st.text(max_size=5),
+            st.floats()
+            | st.integers()
+            | st.booleans()
+            | st.none()
+            | st.text(max_size=8)
+            | st.lists(st.floats(), max_size=4),
+            max_size=4,
+        ),
+        scale=st.sampled_from([0.0, 0.5, 1.0, 2.0, 1e20]),
+    )
+    def test_any_numbers_that_a_client_tells_of_its_own_audit(self, changes, scale):
+        good = honest_estimate()
+        head = json.loads(good[REPORT_KEY]["head"])
+        head["estimate"] |= changes
+        sent = new_model().state_dict()
+        arrays = {
+            name: sent[name].numpy() + scale * (a.numpy() - sent[name].numpy()) for name, a in good["arrays"].items()
+        }
+        content = RecordDict(
+            {
+                "arrays": ArrayRecord({name: Array(array.astype(np.float32)) for name, array in arrays.items()}),
+                "metrics": good["metrics"],
+                REPORT_KEY: ConfigRecord({"head": json.dumps(head)}),
+            }
+        )
+        strategy, result = play(content, source="client")
+        assert_the_round_went_on(strategy, result)
+        row = hostile_row(strategy)
+        if not changes and scale == 1.0:
+            assert (row.status, row.source) == (Status.AUDITED, Source.CLIENT)
+        if row.leakage is not None and scale in (0.0, 1e20) and "shared_norm" not in changes:
+            assert (row.status, row.leakage.upper) == (Status.UNVERIFIED, 1.0)
+
+
 class TestReports:
-    @pytest.mark.parametrize("source", ["trusted", "client"])
+    @pytest.mark.parametrize("source", ["trusted", "client", *BLIND])
     @FUZZ
     @given(head=st.text(max_size=40) | st.binary(max_size=40), payload=PAYLOADS)
     def test_any_record(self, source, head, payload):
         record = ConfigRecord({"head": head, **payload})
         strategy, result = play(content_with(**{REPORT_KEY: record}), source=source)
-        assert hostile_row(strategy).status is Status.INVALID_REPORT
+        row = hostile_row(strategy)
+        if source not in BLIND:  # they need no report
+            assert row.status is Status.INVALID_REPORT
         assert_the_round_went_on(strategy, result)
 
     @FUZZ
@@ -309,6 +444,19 @@ class TestReports:
         row = hostile_row(strategy)
         assert (row.status, row.detail, row.noise_std) == (Status.UNVERIFIED, problem, 0)
 
+    def test_a_replay_that_would_take_more_than_the_budget_is_a_row_that_says_by_how_much(self):
+        record, count = honest_content(HOSTILE, True)[REPORT_KEY], 200_000
+        head = json.loads(record["head"])
+        head["trace"] |= {"batches": [], "lr": [], "problem": "only torch.optim.SGD is replayed"}
+        head["arrays"] |= {"inputs": ["float32", [count, *SHAPE]], "labels": ["int64", [count]]}
+        arrays = {"array/inputs": bytes(4 * count * math.prod(SHAPE)), "array/labels": bytes(8 * count)}
+        content = content_with(**{REPORT_KEY: ConfigRecord({**record, **arrays, "head": json.dumps(head)})})
+        strategy, result = play(content, memory_budget=2**26)
+        row = hostile_row(strategy)
+        assert (row.status, row.action) == (Status.AUDIT_FAILED, "passed")
+        assert row.detail.startswith("expected a replay within 64 MiB, and 1 steps on up to 200000 of 200000 examples")
+        assert_the_round_went_on(strategy, result)
+
     def test_a_head_of_nothing_but_brackets_is_not_read(self):
         record = changed()
         record["head"] = "[" + "[]," * (2 * 1024**2) + "[]]"
@@ -344,3 +492,72 @@ class TestReports:
         strategy.aggregate_train(1, [stranger])
         row = next(row for row in strategy.estimates if row.node_id == 999)
         assert (row.action, row.detail) == ("excluded", "a reply from a node that was not asked")
+
+
+SCALARS = st.integers(-(2**63), BIG) | st.floats() | st.text(max_size=20) | st.binary(max_size=20) | st.booleans()
+
+
+@functools.cache
+def honest_fit(node: int, kind: str) -> FitRes:
+    """What a client of the older API answers, with a report that the server may have asked for, or without one."""
+    client = {"plain": Trainer, "batches": audited, "estimate": own}[kind](node)
+    request = Request() if kind != "estimate" else Request.for_estimate(SETTINGS)
+    config = {"lr": LR, NAMES_KEY: json.dumps(list(new_model().state_dict())), **request.entries()}
+    return Proxy(node, client).fit(FitIns(initial_parameters(), config), None, None)
+
+
+def initial_parameters():
+    return ndarrays_to_parameters([tensor.numpy() for tensor in new_model().state_dict().values()])
+
+
+class TestTheOlderApi:
+    @pytest.mark.parametrize("source", ["trusted", "client", *BLIND])
+    @FEWER
+    @given(
+        kind=st.sampled_from(["plain", "batches", "estimate"]),
+        tensors=st.none()
+        | st.lists(st.binary(max_size=80) | st.builds(npy, st.text(max_size=60), st.binary(max_size=40)), max_size=5),
+        tensor_type=st.sampled_from(["numpy.ndarray", "pickle", ""]),
+        count=st.integers(-(2**63), BIG) | st.integers(1, 20),
+        metrics=st.dictionaries(
+            st.sampled_from(["loss", "x", "fl_privacy.report/head", "fl_privacy.report/array/inputs", "fl-privacy", ""])
+            | st.text(max_size=5),
+            SCALARS,
+            max_size=3,
+        ),
+        kept=st.booleans(),
+    )
+    def test_any_result(self, source, kind, tensors, tensor_type, count, metrics, kept):
+        proxies = [Proxy(node, Trainer(node)) for node in (*HONEST, HOSTILE)]
+        inner = Chosen(proxies)
+        inner.fit_metrics_aggregation_fn = lambda given: {
+            "mean-loss": sum(own["loss"] for _, own in given) / len(given)
+        }
+        strategy = OlderInversionAudit(
+            inner,
+            model=new_model(),
+            loss=nn.CrossEntropyLoss(),
+            source=source,
+            public=PUBLIC if source in BLIND else None,
+            settings=SETTINGS,
+            ledger=None,
+            show=False,
+        )
+        strategy.configure_fit(1, initial_parameters(), None)
+        good = honest_fit(HOSTILE, kind)
+        hostile = FitRes(
+            good.status,
+            Parameters(good.parameters.tensors if tensors is None else tensors, tensor_type),
+            count,
+            {**(good.metrics if kept else {}), **metrics},
+        )
+        results = [copy.deepcopy(honest_fit(node, "plain")) for node in HONEST] + [hostile]
+        parameters, averaged = strategy.aggregate_fit(1, list(zip(proxies, results, strict=True)), [])
+        for array in parameters_to_ndarrays(parameters):
+            assert np.isfinite(array).all()
+        assert "mean-loss" in averaged
+        rows = {row.node_id: row for row in strategy.audit.estimates}
+        assert all(rows[node].action == "passed" for node in HONEST)
+        if tensors is not None or not 0 < count < 2**53:
+            assert rows[HOSTILE].action == "excluded"
+        json.dumps([row.to_dict() for row in rows.values()], allow_nan=False)
