@@ -305,7 +305,7 @@ class InversionAudit(Strategy):
         return self.strategy.configure_evaluate(server_round, arrays, config, grid)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Returns the inner strategy's metrics, which go into the ledger, too, without replies that would end the run."""
+        """Returns the inner strategy's metrics, which go into the ledger; what would end the run is left out."""
         replies, weight = list(replies), _weight_of(self.strategy)
         passed = replies if weight is None else evaluations(replies, weight)
         if len(passed) < len(replies):
