@@ -460,7 +460,7 @@ class InversionAudit(Strategy):
             return (
                 f"it says {row.num_examples} examples, and at most {most} can be behind an update: those were believed"
             )
-        if not traces.explained:
+        if not traces.explained or (row.source is Source.TRUSTED and row.status.has_estimate):  # a replay told
             return ""
         return (
             "noise was not looked for by rank: so many examples explain any, and whether there were so many cannot be "

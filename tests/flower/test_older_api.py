@@ -346,7 +346,9 @@ class TestAdvice:
             assert (first.advised_noise_std, first.applied_noise_std) == (None, None)
             assert second.advised_noise_std == pytest.approx(1.25 * first.required_noise_std)
             assert second.applied_noise_std == second.advised_noise_std
-            assert (second.status, second.detail) == (Status.AUDITED, "")
+            assert second.status is Status.AUDITED
+            # Four examples explain the rank of a layer of three classes, and without a batch nothing else tells.
+            assert second.detail[:32] == ("" if source == "trusted" else "noise was not looked for by rank")
             assert second.leakage.value < first.leakage.value / 1.5
             sent, shared = seen[2][0], seen[2][1][node]
             emitted = change(sent, shared) - undefended(node, sent)
