@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,18 +12,17 @@ from torch import Tensor
 from fl_privacy.attacks.labels import labelled
 from fl_privacy.attacks.problem import AttackProblem
 from fl_privacy.attacks.result import Reconstruction, StopReason, best_of
-from fl_privacy.attacks.smoothing import rounded
 from fl_privacy.attacks.step import GaussNewtonSteps, WhitenedJacobian
 from fl_privacy.errors import InvalidInputError
-from fl_privacy.influence.rounding import has_relus
+from fl_privacy.influence.rounding import has_kinks, rounded_off
 from fl_privacy.influence.update import UpdateMap
 
 _RIDGE_DROP = 100.0
 """Factor between the ridges of two stages of the continuation: 10 in the standard deviation of the noise."""
 _TRIALS = 12
 """Dampings tried from one point before the attack is called stalled."""
-_ROUGH_STEPS, _ROUGH_RTOL = 8, 0.005
-"""Most steps at one width of rounding, and the share of the objective that each must gain."""
+_STAGE_STEPS = 8
+"""Most steps at one width of rounding: none of its last digits is worth having."""
 _IDLE_STEPS = 5
 """Steps in a row that lower the objective by less than the tolerance before the attack is called stalled."""
 
@@ -41,9 +40,13 @@ class GaussNewton:
     problem is nearly linear, and lowers it by stages (continuation in σ). The damping η is zero until a step fails,
     and then a share of λ_max(M), for updates with strong curvature.
 
-    The update of a network with kinks (ReLU) jumps where a unit switches, and the search stalls far from the mode. It
-    first looks for the mode of the same network with its ReLUs rounded off, in stages of less and less width. Where it
-    stalls all the same it hops: it starts again from the best point, moved at random.
+    The update of a network with kinks (ReLU) jumps where a unit switches, and J, which knows of no jump, says little of
+    how it changes over a distance. There the search goes three ways in turn: by the J of the network with its kinks
+    rounded off and the residual of the network itself, what that J cannot explain of it being noise for the step,
+    ρ = max(1, rᵀC⁻¹r/P)/τ²; then to the mode of the rounded network, in stages of less and less width; at last by the
+    network's own J. The first comes nearer from afar, where the mode of a rounded network explains what rounding
+    changed; the second is sharper close by. Where a search stalls it hops: it starts again, moved at random, from the
+    best point, or in a network with kinks, where searches stall all around the truth, from the mean of theirs.
 
     A unit has converged when its linearised objective can fall by no more than `tolerance`·D. In the metric of the
     posterior that is the squared distance to its mode, which for a draw of the posterior is D.
@@ -54,10 +57,11 @@ class GaussNewton:
         max_products: Most products with G per linearisation.
         krylov_rtol: Share of a step's decrement that its Lanczos iteration may leave.
         damping: The first η, relative to λ_max(M).
-        rounding: Widths to which `nn.ReLU` modules are rounded off in turn, relative to what their units see; empty to
-            attack the network as it is. Networks without them are not concerned.
+        rounded_steps: Widths to which kinks are rounded off (`rounded_off`) for the J of the first steps, in turn.
+        rounding: Widths of the rounded networks whose modes are then looked for, in turn. With neither, the network's
+            own J is all there is; networks without kinks are not concerned.
         num_starts: 1: the prior mean. Each more: a draw of the prior. The most probable result is kept.
-        hops: Most restarts from the best point, for units that have not converged or are not explained.
+        hops: Most restarts, for units that have not converged or are not explained.
         hop_std: Standard deviation of a hop per coordinate, relative to τ.
         seed: Of all that is drawn.
 
@@ -70,7 +74,8 @@ class GaussNewton:
     max_products: int = 512
     krylov_rtol: float = 0.02
     damping: float = 1e-5
-    rounding: tuple[float, ...] = (0.5, 0.15, 0.05, 0.015)
+    rounded_steps: tuple[float, ...] = (0.5, 0.3, 0.15)
+    rounding: tuple[float, ...] = (0.15, 0.05, 0.015)
     num_starts: int = 1
     hops: int = 4
     hop_std: float = 0.1
@@ -84,8 +89,9 @@ class GaussNewton:
         for name in ("max_steps", "max_products", "num_starts"):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"expected {name} >= 1, got {getattr(self, name)}")
-        if not all(math.isfinite(width) and width > 0 for width in self.rounding):
-            raise InvalidInputError(f"expected rounding widths > 0, got {self.rounding}")
+        for name in ("rounded_steps", "rounding"):
+            if not all(math.isfinite(width) and width > 0 for width in getattr(self, name)):
+                raise InvalidInputError(f"expected {name} to be widths > 0, got {getattr(self, name)}")
         if self.hops < 0:
             raise InvalidInputError(f"expected hops >= 0, got {self.hops}")
 
@@ -103,35 +109,41 @@ class GaussNewton:
         starts = [problem.start()]
         for _ in range(self.num_starts - 1):
             starts.append(problem.prior.sample(problem.num_units, problem.num_private, generator))
-        widths = self.rounding if has_relus(problem.update) else ()
-        best = best_of([self._descend(problem, x, [rounded(problem, width) for width in widths]) for x in starts])
+        kinked = has_kinks(problem.update, problem.params, problem.batches(starts[0])[0])
+        found = [self._descend(problem, x, kinked=kinked) for x in starts]
+        best = best_of(found)
+        total, count = torch.stack([one.inputs.flatten(1) for one in found]).sum(0), len(found)
         for _ in range(self.hops):
-            open_units = (~(best.converged & best.explained)).nonzero().squeeze(1)
-            if not len(open_units):
+            units = (~(best.converged & best.explained)).nonzero().squeeze(1)
+            if not len(units):
                 break
-            best = self._hop(problem, best, open_units, generator)
+            centre = total / count if kinked else best.inputs.flatten(1)
+            random = torch.randn(len(units), problem.input_dim, generator=generator, dtype=torch.float64)
+            hop = self.hop_std * problem.prior.std * problem.prior.root(random.to(problem.shared))
+            other = self._descend(problem.select(units), centre[units] + hop, kinked=kinked, continuation=False)
+            best = best.improved(units, other)
+            total[units] += other.inputs.flatten(1)
+            count += 1
         return best
 
-    def _descend(self, problem: AttackProblem, start: Tensor, stages: Sequence[UpdateMap]) -> Reconstruction:
-        """Returns what is found from a start, by way of the modes of other, smoother updates."""
-        x, spent, history = start, torch.zeros(problem.num_units, dtype=torch.long, device=start.device), []
-        for smooth in stages:
-            stage = _Descent(self, replace(problem, update=smooth), x, continuation=False, rough=True).run()
-            x = torch.where(stage.inputs.flatten(1).isfinite().all(-1, keepdim=True), stage.inputs.flatten(1), x)
-            spent += stage.products
-            history.append(stage.history)
-        found = _Descent(self, problem, x, continuation=not stages).run()
-        return replace(found, products=found.products + spent, history=torch.cat([*history, found.history]))
-
-    def _hop(
-        self, problem: AttackProblem, best: Reconstruction, units: Tensor, generator: torch.Generator
+    def _descend(
+        self, problem: AttackProblem, start: Tensor, *, kinked: bool, continuation: bool = True
     ) -> Reconstruction:
-        """Returns the best of what there is and of a search that begins beside it, for `units`."""
-        chosen = problem.select(units)
-        noise = torch.randn(len(units), problem.input_dim, generator=generator, dtype=torch.float64)
-        hop = problem.prior.root(noise.to(problem.shared))
-        start = best.inputs[units].flatten(1) + self.hop_std * problem.prior.std * hop
-        return best.improved(units, _Descent(self, chosen, start, continuation=False).run())
+        """Returns what is found from a start, by way of smoother searches where the network has kinks."""
+        products, history = torch.zeros(problem.num_units, dtype=torch.long, device=start.device), []
+        widths = (self.rounded_steps, self.rounding) if kinked else ((), ())
+        search = partial(_Descent, self, most_steps=min(_STAGE_STEPS, self.max_steps), continuation=False)
+        stages = [partial(search, problem, smooth=rounded_off(problem.update, width)) for width in widths[0]]
+        stages += [partial(search, replace(problem, update=rounded_off(problem.update, width))) for width in widths[1]]
+        continued = continuation and not stages
+        stages.append(partial(_Descent, self, problem, most_steps=self.max_steps, continuation=continued))
+        x = start
+        for stage in stages:
+            found = stage(x=x).run()
+            x = found.inputs.flatten(1)
+            products += found.products
+            history.append(found.history)
+        return replace(found, products=products, history=torch.cat(history))
 
 
 class _Descent:
@@ -143,16 +155,16 @@ class _Descent:
         problem: AttackProblem,
         x: Tensor,
         *,
-        continuation: bool = True,
-        rough: bool = False,
+        most_steps: int,
+        continuation: bool,
+        smooth: UpdateMap | None = None,
     ) -> None:
-        self.config, self.problem = config, problem
-        self.rough = rough  # on the way to another problem, so that neither the last digit nor all steps are worth it
+        self.config, self.problem, self.most_steps = config, problem, most_steps
+        self.smooth = smooth  # whose J to go by, in place of the update's own
         self.x = x.clone()
         self.stop: list[StopReason | None] = [None] * problem.num_units
-        jacobian = problem.jacobian(x)
-        self.residual = jacobian.update() - problem.shared
-        operator = WhitenedJacobian(jacobian, problem.noise, problem.prior)
+        self.residual = problem.residual(x)
+        operator = self._operator(problem, x)
         generator = torch.Generator().manual_seed(config.seed)
         random = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
         self.largest = operator.largest(random)
@@ -165,7 +177,7 @@ class _Descent:
         self.history: list[Tensor] = []
 
     def run(self) -> Reconstruction:
-        for _ in range(min(_ROUGH_STEPS, self.config.max_steps) if self.rough else self.config.max_steps):
+        for _ in range(self.most_steps):
             active = [unit for unit, reason in enumerate(self.stop) if reason is None]
             if not active:
                 break
@@ -177,8 +189,12 @@ class _Descent:
     def _advance(self, units: Tensor) -> None:
         """Linearises at the present points of `units`, and takes the first damped step that lowers the objective."""
         problem, config = self.problem.select(units), self.config
-        x, residual, ridge = self.x[units], self.residual[units], self.ridge[units]
-        operator = WhitenedJacobian(problem.jacobian(x), problem.noise, problem.prior)
+        x, residual = self.x[units], self.residual[units]
+        if self.smooth is not None:
+            misfit = problem.noise.energy(residual).double() / problem.update_dim
+            self.ridge[units] = self.final_ridge * misfit.clamp(min=1)
+        ridge = self.ridge[units]
+        operator = self._operator(problem, x)
         pull = problem.prior.root_transpose(operator.jacobian.vjp(problem.noise.precision(residual)))
         target = -pull - ridge[:, None].to(x) * problem.prior.coordinates(x)
         allowed = config.tolerance * problem.input_dim
@@ -193,16 +209,15 @@ class _Descent:
         self.products[units] += steps.products + 2
         near = steps.decrement(ridge).upper <= allowed
         moved, decrease = self._try_dampings(units, problem, steps, target)
-        slow = decrease < (_ROUGH_RTOL if self.rough else 0.0) * self._objective(units)
         self.idle[units] = torch.where(decrease < allowed, self.idle[units] + 1, 0)
         self._record(units)
         for index, unit in enumerate(units.tolist()):
-            final = bool(ridge[index] <= self.final_ridge)
+            final = self.smooth is not None or bool(ridge[index] <= self.final_ridge)
             if steps.failed[index]:
                 self.stop[unit] = StopReason.NOT_FINITE
             elif final and near[index]:
                 self.stop[unit] = StopReason.CONVERGED
-            elif final and (not moved[index] or self.idle[unit] >= _IDLE_STEPS or bool(slow[index])):
+            elif final and (not moved[index] or self.idle[unit] >= _IDLE_STEPS):
                 self.stop[unit] = StopReason.STALLED
             elif near[index] or not moved[index] or self.damping[unit] == 0:
                 self.ridge[unit] = max(float(ridge[index]) / _RIDGE_DROP, self.final_ridge)
@@ -247,6 +262,10 @@ class _Descent:
         damping = self.damping[units]
         damping = torch.where(gain > 0.75, damping / 10, torch.where(gain < 0.25, 4 * damping, damping))
         self.damping[units] = torch.where(damping < self.ridge[units], 0.0, damping)
+
+    def _operator(self, problem: AttackProblem, x: Tensor) -> WhitenedJacobian:
+        searched = problem if self.smooth is None else replace(problem, update=self.smooth)
+        return WhitenedJacobian(searched.jacobian(x), problem.noise, problem.prior)
 
     def _squared_coordinates(self, x: Tensor) -> Tensor:
         return self.problem.prior.coordinates(x).double().square().sum(-1)

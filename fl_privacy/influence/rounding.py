@@ -11,12 +11,12 @@ has none: what the original's update gains by jumps over a distance, the smooth 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from fl_privacy.influence.evaluation import rounded_relu
 from fl_privacy.influence.update import UpdateMap
 
 M = TypeVar("M", bound=UpdateMap)
@@ -38,20 +38,10 @@ def rounded_off(update: M, width: float) -> M:
     return changed
 
 
-class RoundedReLU(nn.Module):
-    """z·Φ(z/w) as a module.
-
-    Args:
-        width: w, in units of z.
-    """
-
-    def __init__(self, width: float) -> None:
-        super().__init__()
-        self.width = width
-
-    def forward(self, z: Tensor) -> Tensor:
-        """Returns the rounded ReLU of z."""
-        return rounded_relu(z, self.width)
+def has_kinks(update: UpdateMap, params: Mapping[str, Tensor], inputs: Tensor) -> bool:
+    """Whether a forward pass at inputs `[N, *shape]` goes through kinks that `rounded_off` rounds."""
+    smooth = rounded_off(update, 1.0).outputs(params, inputs)
+    return not torch.equal(smooth, update.outputs(params, inputs))
 
 
 def has_relus(update: UpdateMap) -> bool:

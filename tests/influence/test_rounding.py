@@ -1,6 +1,7 @@
 """Networks with their ReLUs rounded off."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -8,8 +9,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from fl_privacy import GradientUpdate, LocalTrainingUpdate, UpdateJacobian, estimate_spectrum
-from fl_privacy.influence.evaluation import RoundedReLUs
-from fl_privacy.influence.rounding import RoundedReLU, has_relus, rounded_off, with_relus_replaced
+from fl_privacy.influence.evaluation import RoundedReLUs, rounded_relu
+from fl_privacy.influence.rounding import has_relus, rounded_off, with_relus_replaced
 
 LOSS = nn.CrossEntropyLoss()
 Z = torch.tensor([[-3.0, -1.0, 0.0, 2.0, 5.5, 7.0]]).double()
@@ -36,10 +37,11 @@ class Written(nn.Module):
 
 def test_it_is_relu_where_the_width_is_small_and_linear_at_zero():
     z = torch.tensor([-3.0, -1.0, 0.0, 2.0]).double()
-    torch.testing.assert_close(RoundedReLU(1e-3)(z), z.clamp(min=0))
-    slope = torch.func.vmap(torch.func.grad(RoundedReLU(0.3)))(z)
+    torch.testing.assert_close(rounded_relu(z, 1e-3), z.clamp(min=0))
+    smooth = partial(rounded_relu, width=0.3)
+    slope = torch.func.vmap(torch.func.grad(smooth))(z)
     torch.testing.assert_close(slope, torch.tensor([0.0, 0.0, 0.5, 1.0]).double(), atol=0.02, rtol=0)
-    curvature = torch.func.grad(torch.func.grad(RoundedReLU(0.3)))(torch.tensor(0.0).double())
+    curvature = torch.func.grad(torch.func.grad(smooth))(torch.tensor(0.0).double())
     assert curvature.item() == pytest.approx(2 / (0.3 * (2 * torch.pi) ** 0.5))  # 2φ(0)/w: the jump, spread
 
 
@@ -61,7 +63,7 @@ def test_a_relu_is_rounded_off_however_it_is_written(relu):
     width = 0.15 * Z.square().mean().sqrt()
     with RoundedReLUs(0.15):
         found = relu(Z.clone())
-    torch.testing.assert_close(found, RoundedReLU(float(width))(Z))
+    torch.testing.assert_close(found, rounded_relu(Z, width))
     x = torch.randn(3, 1, 4).double()
     update = rounded_off(GradientUpdate(Written(relu).double(), LOSS), 0.15)
     expected = rounded_off(GradientUpdate(Written(nn.ReLU()).double(), LOSS), 0.15)
@@ -167,6 +169,6 @@ def test_modules_are_replaced_in_every_place_in_a_copy():
     relu = nn.ReLU(inplace=True)
     model = nn.Sequential(nn.Linear(4, 5), relu, nn.Linear(5, 5), relu, nn.Linear(5, 3))
     update = GradientUpdate(model, LOSS)
-    smooth = with_relus_replaced(update, lambda _: RoundedReLU(0.15))
-    assert [type(module) for module in smooth.model][1::2] == [RoundedReLU, RoundedReLU]
+    smooth = with_relus_replaced(update, lambda _: nn.GELU())
+    assert [type(module) for module in smooth.model][1::2] == [nn.GELU, nn.GELU]
     assert (has_relus(update), has_relus(smooth), model[1] is relu) == (True, False, True)
