@@ -38,6 +38,7 @@ from fl_privacy.flower.older_api import NAMES_KEY, take_report
 from fl_privacy.flower.records import REPORT_KEY
 from fl_privacy.influence.update import Loss
 from fl_privacy.strategies.inversion_audit import InversionAudit
+from fl_privacy.strategies.replies import LARGEST_WEIGHT
 
 _ARRAYS, _CONFIG, _METRICS, _WEIGHT = "arrays", "config", "metrics", "num-examples"
 
@@ -111,9 +112,18 @@ class OlderInversionAudit(OlderStrategy):
         results: list[tuple[ClientProxy, EvaluateRes]],
         failures: list[tuple[ClientProxy, EvaluateRes] | BaseException],
     ) -> tuple[float | None, dict[str, Scalar]]:
-        """Returns the inner strategy's, which goes into the ledger, too."""
+        """Returns the inner strategy's, which goes into the ledger, too; but for clients that no average can weigh."""
+        counted = [(client, result) for client, result in results if 0 < result.num_examples < LARGEST_WEIGHT]
+        if len(counted) < len(results):
+            log(
+                WARNING,
+                "round %d: %d of %d evaluations are left out: expected num_examples in (0, 2**53), which weigh them",
+                server_round,
+                len(results) - len(counted),
+                len(results),
+            )
         with _guarded(self.strategy, "evaluate_metrics_aggregation_fn"):
-            loss, metrics = self.strategy.aggregate_evaluate(server_round, results, failures)
+            loss, metrics = self.strategy.aggregate_evaluate(server_round, counted, failures)
         self._note(server_round, "clients", loss, metrics)
         return loss, metrics
 

@@ -22,7 +22,7 @@ from fl_privacy.interval import Interval
 
 Look = Callable[[Mapping[str, Array], int | None], Traces | None]
 
-_LARGEST_WEIGHT = 2.0**53
+LARGEST_WEIGHT = 2.0**53
 """Below which whole numbers are exact, and sums of many far from infinity."""
 _NORM_RTOL = 0.01
 """How closely the norm that a client audited must be that of what arrived: it is told to three digits."""
@@ -296,7 +296,7 @@ def _reject_odd_ones(readings: Sequence[Reading], weighted_by: str, sent: tuple[
             continue
         metrics = list(reading.reply.content.metric_records.values())
         weight = metrics[0].get(weighted_by) if len(metrics) == 1 else None
-        if not isinstance(weight, int | float) or not 0 < weight < _LARGEST_WEIGHT:
+        if not isinstance(weight, int | float) or not 0 < weight < LARGEST_WEIGHT:
             found = f"{len(metrics)} of them" if len(metrics) != 1 else f"{weight!r:.80}"
             large = isinstance(weight, int | float) and math.isfinite(weight) and weight > 0
             wanted = f"{weighted_by} < 2**53" if large else f"{weighted_by} > 0"

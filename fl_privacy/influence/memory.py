@@ -30,9 +30,11 @@ def graph_bytes(update: UpdateMap, params: Mapping[str, Tensor], inputs: Tensor,
     x, y = (update.largest_batch(tensor.to("meta")) for tensor in (inputs, labels))
     try:
         on_meta = {name: tensor.to("meta") for name, tensor in params.items()}
-        # A copy: whether lanes can be vectorised is not to be learned there.
-        return saved_bytes(copy.copy(update), on_meta, x, y)
-    except (RuntimeError, TypeError, ValueError):  # RuntimeError is NotImplementedError's parent
+        # A copy, of the model too: what either remembers of a pass there is of no use elsewhere.
+        probe = copy.copy(update)
+        probe.model = copy.deepcopy(update.model)
+        return saved_bytes(probe, on_meta, x, y)
+    except Exception:  # whatever a user's model raises where it finds no values
         count = x.shape[1]
         most = min(count, _PROBED, inputs.shape[1])
         few = max(1, most // 2)

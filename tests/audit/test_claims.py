@@ -199,6 +199,18 @@ class TestErrors:
         assert self.flagged(1.0, cross_entropy=False, rank=4) == 0  # where only the rank tells
         assert self.flagged(0.5, cross_entropy=False, rank=4) == 1
 
+    def test_noise_that_was_pruned_away_is_missed_by_rank_where_little_is_kept(self):
+        """Known, and in docs/deploy.md: what an honest client pruned of its noise is not there to be seen."""
+
+        def accused(keep, **options):
+            claim = Defence(kind="noise, pruned", noise_std=0.01, sparsity=1 - keep)
+            shared = [pruned(noisy(trained(c % 10), 0.01, c), keep) for c in range(20)]
+            traces = [find_traces(MODEL, update, cross_entropy=True, **options) for update in shared]
+            return sum(bool(trace.shortfall(claim)) for trace in traces)
+
+        assert accused(0.1) == accused(0.5) == accused(0.5, rank=4) == 0
+        assert accused(0.1, rank=4) == 20
+
     def test_pruning_that_was_not_done_is_found(self):
         claim = Defence(kind="prune", sparsity=0.9)
         assert find_traces(MODEL, pruned(trained(0), 0.1), cross_entropy=True).shortfall(claim) == ""

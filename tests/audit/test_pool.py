@@ -248,7 +248,8 @@ class TestClusters:
             cluster.connect()
             wait_until(lambda: can_place_on(second))
             ray.shutdown()
-            model, executor = new_model(), RayExecutor(num_workers=2, address=cluster.address)
+            monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+            model, executor = new_model(), RayExecutor(num_workers=2)
             tasks = [new_task(model, client=c, count=1 + c) for c in range(4)]
             auditor = new_auditor(model, executor)
             rows = auditor.audit_round(params_of(model), tasks)

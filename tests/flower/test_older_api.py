@@ -272,6 +272,18 @@ class TestARound:
         with pytest.raises(InvalidInputError, match="expected the 4 arrays of the model's state or its 4 parameters"):
             strategy.configure_fit(1, ndarrays_to_parameters([np.zeros(3)]), None)
 
+    @pytest.mark.parametrize("counts", [(8, -8, 8), (8, 0, 8), (8, 2**53, 8)])
+    def test_an_evaluation_that_cannot_be_weighed_is_left_out(self, counts):
+        strategy = OlderInversionAudit(FedAvg(), model=new_model(), loss=nn.CrossEntropyLoss(), ledger=None, show=False)
+        status = FlowerStatus(Code.OK, "")
+        losses = (0.25, 100.0, 0.75)
+        results = [
+            (Proxy(node, audited(node)), EvaluateRes(status, loss, count, {}))
+            for node, (loss, count) in enumerate(zip(losses, counts, strict=True))
+        ]
+        assert strategy.aggregate_evaluate(1, results, [])[0] == 0.5
+        assert strategy.aggregate_evaluate(1, results[1:2], []) == (None, {})
+
     def test_evaluation_is_the_inner_strategys_and_goes_into_the_ledger(self, tmp_path):
         inner = FedAvg(
             evaluate_fn=lambda server_round, arrays, config: (0.75, {"accuracy": 0.5, "name": "test set"}),
