@@ -16,7 +16,7 @@ from rich.console import Console
 from sklearn.datasets import load_digits
 from torch import nn
 
-from fl_privacy.audit import AuditSettings, Defence, Ledger, PublicExamples, Source, Status
+from fl_privacy.audit import AuditSettings, Defence, Ledger, PublicExamples, RayExecutor, Source, Status
 from fl_privacy.audit.table import round_table, summary_table
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.flower import InversionAuditMod, record_batches
@@ -78,6 +78,19 @@ def noise_mod(std):
         return reply
 
     return mod
+
+
+def test_workers_on_ray_give_the_rows_that_this_process_gives():
+    apps = {10: of_size(1), 20: of_size(1), 30: of_size(1, noise_mod(0.05))}
+    _, here = run(audit("proxy"), apps)
+    _, there = run(audit("proxy", executor=RayExecutor(num_workers=2, address="local")), apps)
+    assert sorted(there) == sorted(here) == [10, 20, 30]
+    for node, row in here.items():
+        other = there[node]
+        assert (other.status, other.source, other.detail) == (row.status, row.source, row.detail)
+        assert row.required_noise_std > 0
+        assert other.required_noise_std == pytest.approx(row.required_noise_std, rel=1e-3)
+        assert other.leakage.value == pytest.approx(row.leakage.value, rel=1e-3)
 
 
 class TestProxy:
