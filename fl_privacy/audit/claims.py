@@ -131,10 +131,11 @@ def find_traces(
             sums.append(bias.astype(np.float64).sum(keepdims=True))
         off = np.concatenate(sums) / math.sqrt(len(weight))
         found.append((float((off**2).sum()), off.size))
-    layers = [update[f"{name}.weight"] for name in linear] if rank is not None and rank > 0 else []
+    rank = rank or 0
+    layers = [update[f"{name}.weight"] for name in linear] if rank > 0 else []
     layers = [layer for layer in layers if min(layer.shape) <= _LARGEST_SIDE and layer.size <= _MOST_ENTRIES]
     for layer in layers:
-        if rank is not None and rank < min(layer.shape):
+        if rank < min(layer.shape):
             beyond = np.linalg.svd(layer.astype(np.float64), compute_uv=False)[rank:]
             of_noise = _singular_values_of_noise(layer.shape)[rank:]
             found.append((float((beyond**2).sum()), int((of_noise**2).sum())))
@@ -142,7 +143,7 @@ def find_traces(
     std, samples = min(estimates, key=lambda estimate: estimate[0] / _room(estimate[1]), default=(None, 0))
     size = sum(array.size for array in update.values())
     zeros = sum(int((array == 0).sum()) for array in update.values())
-    explained = rank is not None and bool(layers) and all(rank >= min(layer.shape) for layer in layers)
+    explained = bool(layers) and all(rank >= min(layer.shape) for layer in layers)
     return Traces(noise_std=std, samples=samples, sparsity=zeros / max(1, size), explained=explained)
 
 

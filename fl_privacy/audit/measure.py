@@ -25,7 +25,7 @@ from fl_privacy.audit.replay import AuditContext, MemoryBudgetError, Replay, fla
 from fl_privacy.audit.settings import AuditSettings
 from fl_privacy.audit.task import Array, AuditTask, ClientUpdate
 from fl_privacy.audit.wording import joined, nonlinear_text
-from fl_privacy.influence.jacobian import UpdateJacobian
+from fl_privacy.influence.jacobian import UpdateJacobian, rows_of
 from fl_privacy.influence.layout import ParameterLayout
 from fl_privacy.influence.linearity import change_ratio, likely_error
 from fl_privacy.influence.rounding import rounded_off
@@ -167,8 +167,8 @@ def _measure(
         return UpdateJacobian(
             update,
             theta,
-            _of_clients(inputs, client_of[units]),
-            _of_clients(labels, client_of[units]),
+            rows_of(inputs, client_of[units]),
+            rows_of(labels, client_of[units]),
             private=None if private is None else private[units],
             memory_budget=settings.memory_budget,
             before_pass=lambda: check_time(deadline),
@@ -434,11 +434,6 @@ def _doubt_of_noise(task: AuditTask, measured: float, update_dim: int, scale_dou
     if claimed is None or measured * (1 + 2 * scale_doubt) >= claimed * (1 - 5 / math.sqrt(2 * update_dim)):
         return ""
     return f"the client says it put noise of {claimed:.3g} per parameter on its update, and {measured:.3g} is there"
-
-
-def _of_clients(tensor: Tensor, clients: Tensor) -> Tensor:
-    """Returns `tensor[clients]`; of a single client's, without a copy for each."""
-    return tensor[clients] if len(tensor) > 1 else tensor.expand(len(clients), *tensor.shape[1:])
 
 
 def _chosen_examples(task: AuditTask, settings: AuditSettings) -> list[int]:

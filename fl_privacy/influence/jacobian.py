@@ -166,8 +166,8 @@ class UpdateJacobian:
         chosen = object.__new__(UpdateJacobian)
         chosen.__dict__.update(self.__dict__)
         inputs, labels = self._batch
-        chosen._batch = (_taken(inputs, units), _taken(labels, units))
-        chosen._inputs, chosen._labels = _taken(self._inputs, units), _taken(self._labels, units)
+        chosen._batch = (rows_of(inputs, units), rows_of(labels, units))
+        chosen._inputs, chosen._labels = rows_of(self._inputs, units), rows_of(self._labels, units)
         chosen._private = None if self._private is None else self._private[units]
         chosen._slot = None if self._slot is None else self._slot[units]
         chosen._weights = None if self._weights is None else self._weights[units]
@@ -335,9 +335,10 @@ class UpdateJacobian:
         return (examples == self._slot[lanes, None])[..., None].to(self.dtype)
 
 
-def _taken(tensor: Tensor, units: Tensor) -> Tensor:
-    """Returns `tensor[units]`; of units that share their memory, without a copy for each."""
-    return tensor[:1].expand(len(units), *tensor.shape[1:]) if tensor.stride(0) == 0 else tensor[units]
+def rows_of(tensor: Tensor, units: Tensor) -> Tensor:
+    """Returns `tensor[units]`; where all units are one, or share their memory, without a copy for each."""
+    shared = len(tensor) == 1 or tensor.stride(0) == 0
+    return tensor[:1].expand(len(units), *tensor.shape[1:]) if shared else tensor[units]
 
 
 def _examples_interact(

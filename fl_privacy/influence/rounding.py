@@ -49,17 +49,17 @@ def has_relus(update: UpdateMap) -> bool:
     return any(isinstance(module, nn.ReLU) for module in update.model.modules())
 
 
-def with_relus_replaced(update: M, replacement: Callable[[str], nn.Module]) -> M:
+def with_relus_replaced(update: M, replacement: Callable[[], nn.Module]) -> M:
     """Returns the update map of a copy of the model.
 
     Args:
         update: Of the model.
-        replacement: Makes what stands in for the `nn.ReLU` of a name.
+        replacement: Makes what stands in for an `nn.ReLU`.
     """
     changed = copy.copy(update)
     changed.model = copy.deepcopy(update.model)
     for name, module in update.model.named_modules(remove_duplicate=False):  # one module may stand in several places
         if isinstance(module, nn.ReLU):
             parent, _, last = name.rpartition(".")
-            setattr(changed.model.get_submodule(parent), last, replacement(name))
+            setattr(changed.model.get_submodule(parent), last, replacement())
     return changed

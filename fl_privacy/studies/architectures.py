@@ -23,7 +23,7 @@ from fl_privacy.reference.initialization import Initialization
 from fl_privacy.studies.results import Portion
 from fl_privacy.studies.scene import Scene, SceneSettings, groups
 from fl_privacy.studies.settings import Settings, option
-from fl_privacy.studies.study import Study, Summary
+from fl_privacy.studies.study import Study, Summary, rank_correlation
 from fl_privacy.validation.summary import BEATEN
 
 if TYPE_CHECKING:
@@ -233,8 +233,7 @@ def _reached(rows: Sequence[ArchitecturesRow]) -> str:
 def _spearman(rows: Sequence[ArchitecturesRow], quantity: str) -> float:
     if len(rows) < 3:
         return math.nan
-    found = require("scipy.stats").spearmanr([getattr(row, quantity) for row in rows], [row.error for row in rows])
-    return float(found.statistic)
+    return rank_correlation([getattr(row, quantity) for row in rows], [row.error for row in rows])
 
 
 def _draw(settings: ArchitecturesSettings, rows: Sequence[ArchitecturesRow], figure: Figure) -> None:

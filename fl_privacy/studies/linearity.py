@@ -85,7 +85,7 @@ def _portions(settings: LinearitySettings) -> Iterator[Portion[LinearityRow]]:
         )
         variants: dict[str, tuple[Scene, Scene]] = {model: (scene, scene)}
         if has_relus(scene.update):
-            gelu = replace(scene, update=with_relus_replaced(scene.update, lambda _: nn.GELU()))
+            gelu = replace(scene, update=with_relus_replaced(scene.update, nn.GELU))
             variants[model + _SMOOTH] = (gelu, gelu)
             variants[model + _AUDITED] = (scene, replace(scene, update=rounded_off(scene.update, settings.width)))
         for name, (changing, linear) in variants.items():

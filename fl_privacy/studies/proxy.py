@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,6 @@ from fl_privacy.audit.proxy import ObservedUpdate, PublicJacobians
 from fl_privacy.audit.public import UpdateTask
 from fl_privacy.audit.settings import RELU_WIDTH
 from fl_privacy.errors import InvalidInputError
-from fl_privacy.extras import require
 from fl_privacy.influence.jacobian import UpdateJacobian
 from fl_privacy.influence.rounding import rounded_off
 from fl_privacy.influence.spectrum import estimate_spectrum
@@ -40,7 +39,7 @@ from fl_privacy.reference.initialization import Initialization
 from fl_privacy.studies.results import Portion
 from fl_privacy.studies.scene import Scene, SceneSettings
 from fl_privacy.studies.settings import option
-from fl_privacy.studies.study import Study, Summary
+from fl_privacy.studies.study import Study, Summary, rank_correlation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -305,10 +304,9 @@ def _summarize(settings: ProxySettings, rows: Sequence[ProxyRow]) -> Summary:
 
 def _agreement(rows: Sequence[ProxyRow], name: str) -> tuple[float, float]:
     """Returns Spearman's correlation and the median relative error of a prediction."""
-    stats: Any = require("scipy.stats")
     predicted, required = [getattr(row, name) for row in rows], [row.required_noise_std for row in rows]
     error = statistics.median(abs(p / r - 1) for p, r in zip(predicted, required, strict=True))
-    return float(stats.spearmanr(predicted, required).statistic), error
+    return rank_correlation(predicted, required), error
 
 
 def _draw(settings: ProxySettings, rows: Sequence[ProxyRow], figure: Figure) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -75,6 +76,13 @@ def grouped(rows: Iterable[R], name: Callable[[R], str]) -> dict[str, list[R]]:
 def spread_text(values: Sequence[float], form: str = ".3g") -> str:
     """Returns `median [least, most]`, each in a format."""
     return f"{statistics.median(values):{form}} [{min(values):{form}}, {max(values):{form}}]"
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Returns Spearman's rank correlation; NaN where one of them does not vary."""
+    if len(set(first)) < 2 or len(set(second)) < 2:
+        return math.nan
+    return float(require("scipy.stats").spearmanr(first, second).statistic)
 
 
 def conduct(study: Study[S, Any], settings: S, folder: Path, *, progress: Progress | None = None) -> list[Any]:

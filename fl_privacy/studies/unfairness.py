@@ -10,17 +10,16 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from fl_privacy.attacks import GaussNewton
-from fl_privacy.extras import require
 from fl_privacy.influence.spectrum import estimate_spectrum
 from fl_privacy.studies.results import Portion
 from fl_privacy.studies.scene import Scene, SceneSettings, groups
 from fl_privacy.studies.settings import option
-from fl_privacy.studies.study import Study, Summary
+from fl_privacy.studies.study import Study, Summary, rank_correlation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -99,7 +98,7 @@ def _summarize(settings: UnfairnessSettings, rows: Sequence[UnfairnessRow]) -> S
     )
     if settings.attack:
         errors = [row.error for row in rows]
-        rank = _rank_correlation([row.predicted for row in rows], errors)
+        rank = rank_correlation([row.predicted for row in rows], errors)
         sentence += (
             f" Attack: squared error {statistics.fmean(e**2 for e in errors):.3g} in the mean, from "
             f"{min(errors) ** 2:.3g} to {max(errors) ** 2:.3g}; Spearman with the prediction {rank:.2f}; "
@@ -126,11 +125,6 @@ def _by_class(rows: Sequence[UnfairnessRow]) -> dict[int, list[UnfairnessRow]]:
     for row in rows:
         classes.setdefault(row.label, []).append(row)
     return dict(sorted(classes.items(), key=lambda item: -statistics.fmean(row.leakage for row in item[1])))
-
-
-def _rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    stats: Any = require("scipy.stats")
-    return float(stats.spearmanr(first, second).statistic)
 
 
 def _spread(values: Sequence[float]) -> str:

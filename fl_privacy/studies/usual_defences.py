@@ -21,12 +21,11 @@ from torch import Tensor
 
 from fl_privacy.attacks import GaussNewton, IndependentNoise, IsotropicNoise, Noise
 from fl_privacy.attacks.mechanisms import PRECISION, AddedNoise, HalfPrecision, Mechanism, Pruning, UniformQuantization
-from fl_privacy.extras import require
 from fl_privacy.pictures.rebuilding import observed_version, predicted_recovery
 from fl_privacy.studies.results import Portion
 from fl_privacy.studies.scene import Scene, SceneSettings
 from fl_privacy.studies.settings import option
-from fl_privacy.studies.study import Study, Summary
+from fl_privacy.studies.study import Study, Summary, rank_correlation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -204,7 +203,7 @@ def _spearman(rows: Sequence[UsualDefencesRow], what: str) -> float:
     if len(rows) < 3:
         return math.nan
     predicted, reached = [getattr(row, what) for row in rows], [min(row.error, row.informed_error) for row in rows]
-    return float(require("scipy.stats").spearmanr(predicted, reached).statistic)
+    return rank_correlation(predicted, reached)
 
 
 def _draw(settings: UsualDefencesSettings, rows: Sequence[UsualDefencesRow], figure: Figure) -> None:

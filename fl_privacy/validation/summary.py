@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fl_privacy.errors import InvalidInputError
-from fl_privacy.extras import require
 from fl_privacy.interval import Interval
+from fl_privacy.studies.study import rank_correlation
 from fl_privacy.validation.study import RAN, ValidationRow
 
 Vector = NDArray[np.float64]
@@ -125,13 +124,9 @@ def _agreement(rows: Sequence[ValidationRow]) -> Agreement:
 
 def _spearman(best: Sequence[ValidationRow]) -> Interval[float]:
     """Spearman's rank correlation; its interval resamples images, whose noise levels belong together."""
-    stats: Any = require("scipy.stats")
 
     def correlation(chosen: Sequence[ValidationRow]) -> float:
-        predicted, reached = [row.predicted for row in chosen], [row.error for row in chosen]
-        if len(set(predicted)) < 2 or len(set(reached)) < 2:
-            return float("nan")
-        return float(stats.spearmanr(predicted, reached).statistic)
+        return rank_correlation([row.predicted for row in chosen], [row.error for row in chosen])
 
     images: dict[int, list[ValidationRow]] = {}
     for row in best:

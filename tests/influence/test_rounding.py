@@ -169,6 +169,6 @@ def test_modules_are_replaced_in_every_place_in_a_copy():
     relu = nn.ReLU(inplace=True)
     model = nn.Sequential(nn.Linear(4, 5), relu, nn.Linear(5, 5), relu, nn.Linear(5, 3))
     update = GradientUpdate(model, LOSS)
-    smooth = with_relus_replaced(update, lambda _: nn.GELU())
+    smooth = with_relus_replaced(update, nn.GELU)
     assert [type(module) for module in smooth.model][1::2] == [nn.GELU, nn.GELU]
     assert (has_relus(update), has_relus(smooth), model[1] is relu) == (True, False, True)
