@@ -106,7 +106,7 @@ class _Window:
     @functools.cache  # noqa: B019 - windows are as few as a model's convolutions, and small
     def _pixels(self) -> Tensor:
         """Which pixel of a padded image each element of its patches is, flattened."""
-        pixels = torch.arange(math.prod(self.padded), device="cpu").view(1, 1, *self.padded)
+        pixels = torch.arange(math.prod(self.padded)).view(1, 1, *self.padded)
         return self.patches(pixels).flatten()
 
 

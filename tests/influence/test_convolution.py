@@ -86,11 +86,3 @@ def test_lanes_may_share_their_images_or_their_weights() -> None:
     torch.testing.assert_close(shared, exact, rtol=1e-12, atol=1e-12)
     exact = lane_by_lane(images[:1].expand_as(images), weight, bias, options)
     torch.testing.assert_close(one_image, exact, rtol=1e-12, atol=1e-12)
-
-
-def test_another_default_device_changes_nothing() -> None:
-    images, weight, bias, options = tensors({**CASES["few places"], "image": (6, 9)})
-    with torch.device("meta"):
-        (found,) = torch.autograd.grad(one_pass(images, weight, bias, options).square().sum(), images)
-    (exact,) = torch.autograd.grad(lane_by_lane(images, weight, bias, options).square().sum(), images)
-    torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
