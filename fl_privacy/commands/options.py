@@ -19,4 +19,5 @@ InitializationOption = Annotated[
 NoiseOption = Annotated[
     list[float] | None, typer.Option(help="Noise level, standard deviation per parameter; give it several times.")
 ]
+DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1 or whatever torch can use here.")]
 SeedOption = Annotated[int, typer.Option(help="Of initialization and noise.")]

@@ -12,6 +12,7 @@ from rich.table import Table
 from fl_privacy.commands.options import (
     DataRootOption,
     DatasetOption,
+    DeviceOption,
     InitializationOption,
     ModelOption,
     NoiseOption,
@@ -48,6 +49,7 @@ def validate(
     images_at_once: Annotated[int, typer.Option(help="Images that are attacked side by side.")] = 10,
     hops: Annotated[int, typer.Option(help="Most restarts of gauss-newton where it has not converged.")] = 4,
     seed: SeedOption = 0,
+    device: DeviceOption = "cpu",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the CSV and the figure.")] = Path(
         "runs/validation"
     ),
@@ -75,6 +77,7 @@ def validate(
             images_at_once=images_at_once,
             hops=hops,
             seed=seed,
+            device=device,
             **({"noise_stds": tuple(noise)} if noise else {}),  # type: ignore[arg-type]
         )
         _validate(settings, output, as_json=as_json)

@@ -22,7 +22,7 @@ from fl_privacy.influence.spectrum import estimate_spectrum
 from fl_privacy.reference.initialization import Initialization
 from fl_privacy.studies.results import Portion
 from fl_privacy.studies.scene import Scene, SceneSettings, groups
-from fl_privacy.studies.settings import Settings, option
+from fl_privacy.studies.settings import Settings, device_option, option
 from fl_privacy.studies.study import Study, Summary, rank_correlation
 from fl_privacy.validation.summary import BEATEN
 
@@ -62,6 +62,7 @@ class ArchitecturesSettings(Settings):
     dgl_steps: int = option(300, "Steps of L-BFGS.", minimum=1)
     inverting_steps: int = option(500, "Steps of each of the two starts of inverting-gradients.", minimum=1)
     seed: int = option(0, "Of initialization, noise and starts.", minimum=0)
+    device: str = device_option()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +160,7 @@ def _scene_settings(settings: ArchitecturesSettings, model: str) -> SceneSetting
         initialization=initialization_of(model),
         num_images=settings.num_images,
         seed=settings.seed,
+        device=settings.device,
     )
 
 

@@ -92,7 +92,7 @@ def _rows(
         scene.params,
         scene.images[members, 0],
         scene.labels[members, 0],
-        private=torch.zeros(settings.num_images, dtype=torch.long) if unit == "example" else None,
+        private=scene.labels.new_zeros(settings.num_images) if unit == "example" else None,
     )
     tau, lr = scene.prior.std, settings.lr
     norm = jacobian.update().norm(dim=1)

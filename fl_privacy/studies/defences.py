@@ -73,8 +73,8 @@ class DenseScene:
 
     def __init__(self, jacobian: UpdateJacobian, model: nn.Module, prior_std: float, seed: int) -> None:
         self.update = jacobian.update()[0]
-        identity = torch.eye(jacobian.input_dim, dtype=jacobian.dtype)
-        lanes = jacobian.select(torch.zeros(64, dtype=torch.long))
+        identity = torch.eye(jacobian.input_dim, dtype=jacobian.dtype, device=jacobian.device)
+        lanes = jacobian.select(torch.zeros(64, dtype=torch.long, device=jacobian.device))
         padded = torch.cat([identity, identity.new_zeros(-len(identity) % 64, jacobian.input_dim)])
         rows = torch.cat([lanes.jvp(part) for part in torch.split(padded, 64)])
         self.j = rows[: len(identity)].T.contiguous()  # [P, D]
@@ -106,11 +106,11 @@ class DenseScene:
         Pruned are the features with the least |r|/‖∂r/∂x‖, which tell most of the input for their size.
         """
         weight, features = self._last
-        columns = torch.arange(weight.stop - weight.start).reshape(-1, features)
+        columns = torch.arange(weight.stop - weight.start, device=self.j.device).reshape(-1, features)
         norms = self.j[weight].reshape(-1, features, self.j.shape[1]).square().sum((0, 2)).sqrt()
         sizes = self.update[weight].reshape(-1, features).abs().sum(0)
         gone = (sizes / norms.clamp(min=1e-300)).argsort()[: round(share * features)]
-        kept = torch.ones(len(self.update), dtype=torch.bool)
+        kept = torch.ones_like(self.update, dtype=torch.bool)
         kept[weight.start + columns[:, gone].reshape(-1)] = False
         return self._keeping(kept.nonzero().squeeze(1))
 
@@ -123,7 +123,7 @@ class DenseScene:
 
     def isotropic(self, noise_std: float) -> Defence:
         """White noise on the update."""
-        std = torch.full((1,), noise_std, dtype=self.j.dtype)
+        std = self.j.new_full((1,), noise_std)
         noise = IsotropicNoise(std)
         return Defence(
             noise_std * self._normal(len(self.update)), noise, self.leakage(1 / std.expand(len(self.update)) ** 2)
@@ -155,7 +155,7 @@ class DenseScene:
         amplitude = self.tau * math.sqrt((1 - target) * d * float(values[0].clamp(min=0)))
         q = self.j @ vectors[:, 0]
         q = q / torch.linalg.vector_norm(q)
-        noise = RankOneNoise(torch.full((1,), self.exact, dtype=self.j.dtype), amplitude, q)
+        noise = RankOneNoise(self.j.new_full((1,), self.exact), amplitude, q)
         share = amplitude**2 / (self.exact**2 + amplitude**2)
         pulled = self.j.T @ q
         m = torch.linalg.eigvalsh((gram - share * torch.outer(pulled, pulled)) / self.exact**2).clamp(min=0)

@@ -93,7 +93,7 @@ def _rows(
     if not spectrum:
         spectrum.append(eigenpairs(jacobian))
     values, vectors = spectrum[0]
-    repeated = jacobian.select(torch.zeros(len(ranks), dtype=torch.long))
+    repeated = jacobian.select(torch.zeros(len(ranks), dtype=torch.long, device=jacobian.device))
     directions, eigenvalues = vectors[:, ranks].T.contiguous(), values[ranks]
     delta = torch.nn.functional.normalize(repeated.jvp(directions), dim=1) * norm
     noise_std, tau = norm / math.sqrt(jacobian.update_dim), scene.prior.std

@@ -80,6 +80,7 @@ def _rows(settings: InitializationSettings, name: Initialization, draw: int) -> 
             initialization=name,
             num_images=settings.num_images,
             seed=settings.seed + draw,
+            device=settings.device,
         )
     )
     group, noise_std, tau = list(range(settings.num_images)), settings.noise_std, scene.prior.std

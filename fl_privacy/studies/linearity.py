@@ -29,7 +29,7 @@ from fl_privacy.influence.spectrum import estimate_spectrum
 from fl_privacy.studies.architectures import Architecture, initialization_of
 from fl_privacy.studies.results import Portion
 from fl_privacy.studies.scene import Scene, SceneSettings
-from fl_privacy.studies.settings import Settings, option
+from fl_privacy.studies.settings import Settings, device_option, option
 from fl_privacy.studies.study import Study, Summary, grouped, spread_text
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class LinearitySettings(Settings):
     )
     width: float = option(RELU_WIDTH, "Width of rounded ReLUs, relative to what they see; default: as audits.", above=0)
     seed: int = option(0, "Of initialization and shifts.", minimum=0)
+    device: str = device_option()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,7 @@ def _portions(settings: LinearitySettings) -> Iterator[Portion[LinearityRow]]:
                 initialization=initialization_of(model),
                 num_images=settings.num_images,
                 seed=settings.seed,
+                device=settings.device,
             )
         )
         variants: dict[str, tuple[Scene, Scene]] = {model: (scene, scene)}
@@ -106,7 +108,7 @@ def _directions(settings: LinearitySettings, scene: Scene, taken: UpdateJacobian
     seed, tau = 1_000_003 * settings.seed + image, scene.prior.std
     if settings.direction == "white":
         generator = torch.Generator().manual_seed(seed)
-        white = torch.randn(1, taken.input_dim, generator=generator, dtype=torch.float64)
+        white = torch.randn(1, taken.input_dim, generator=generator, dtype=torch.float64).to(taken.device)
         yield from (white for _ in settings.shifts)
         return
     if max(settings.shifts) >= tau:

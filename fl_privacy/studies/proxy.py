@@ -146,7 +146,7 @@ def _rows(
         gradient = rounded_off(GradientUpdate(stage.model, nn.CrossEntropyLoss()), RELU_WIDTH)
         known.append(PublicJacobians.of(gradient, stage.params, scene.images[:, 0], scene.labels[:, 0]))
     update = _client_update(settings, stage.model, size)
-    images, labels = private.select(slice(0, settings.num_images * size))
+    images, labels = (part.to(scene.device) for part in private.select(slice(0, settings.num_images * size)))
     images = images.double().reshape(settings.num_images, size, *images.shape[1:])
     labels = labels.reshape(settings.num_images, size)
     shared = UpdateJacobian(update, stage.params, images, labels).update()
@@ -155,7 +155,7 @@ def _rows(
     for noise in settings.noise:
         for client in range(settings.num_images):
             std = noise * float(required[client])
-            drawn = torch.randn(shared.shape[1], generator=generator, dtype=torch.float64)
+            drawn = torch.randn(shared.shape[1], generator=generator, dtype=torch.float64).to(shared)
             seen = shared[client] + std * drawn
             problem = _problem(settings, scene, stage, seen, size, std)
             counts = recover_label_counts(problem)[0]
@@ -197,8 +197,8 @@ def _required(
     """Returns the noise that brings each client's most exposed example to the target, `[clients]`."""
     clients, size = labels.shape
     examples = min(size, _MOST_EXAMPLES)
-    client_of = torch.arange(clients).repeat_interleave(examples)
-    private = torch.arange(examples).repeat(clients)
+    client_of = torch.arange(clients, device=labels.device).repeat_interleave(examples)
+    private = torch.arange(examples, device=labels.device).repeat(clients)
     smooth = rounded_off(update, RELU_WIDTH)  # as an audit takes it
     jacobian = UpdateJacobian(smooth, params, images[client_of], labels[client_of], private=private)
     required = estimate_spectrum(jacobian).required_noise_std(settings.target_leakage, scene.prior.std)
@@ -216,7 +216,7 @@ def _problem(
         params=stage.params,
         shared=shared[None],
         prior=GaussianPrior(scene.images[:, 0].mean(0), scene.prior.std),
-        noise=IsotropicNoise(torch.tensor([max(noise_std, floor)], dtype=torch.float64)),
+        noise=IsotropicNoise(shared.new_tensor([max(noise_std, floor)])),
         num_examples=size,
     )
 
@@ -225,7 +225,7 @@ def _observed(
     model: nn.Module, update: UpdateMap, shared: Tensor, counts: Tensor | None, size: int, claimed: float
 ) -> ObservedUpdate:
     """Returns what an audit knows of an update whose client says how much noise is on it."""
-    named = {name: part[0].numpy() for name, part in update.layout.unflatten(shared[None]).items()}
+    named = {name: part[0].cpu().numpy() for name, part in update.layout.unflatten(shared[None]).items()}
     traces = find_traces(model, named, cross_entropy=True, rank=size)
     task = UpdateTask(
         server_round=0, client="", node_id=0, shared={}, source=Source.PROXY, traces=traces, claimed_noise_std=claimed
@@ -250,7 +250,8 @@ def _trained(settings: ProxySettings, scene: Scene, train: ImageSet) -> Iterator
         if step in settings.steps:
             frozen = {name: p.detach().double() for name, p in params.items()}
             yield step, _Stage(copy.deepcopy(model).double().eval(), frozen)
-        images, labels = train.select(torch.randint(len(train), (settings.train_batch,), generator=generator))
+        chosen = torch.randint(len(train), (settings.train_batch,), generator=generator)
+        images, labels = (part.to(scene.device) for part in train.select(chosen))
         optimizer.zero_grad()
         outputs = functional_call(model, params, (images,))
         torch.autograd.backward(nn.functional.cross_entropy(outputs, labels))

@@ -14,7 +14,7 @@ from fl_privacy.influence.jacobian import UpdateJacobian
 from fl_privacy.influence.update import GradientUpdate
 from fl_privacy.reference import build_model, load_dataset
 from fl_privacy.reference.initialization import Initialization, initialize_
-from fl_privacy.studies.settings import Settings, option
+from fl_privacy.studies.settings import Settings, device_option, option
 
 PUBLIC_IMAGES = 2000
 """Images of the training set that an attacker's prior is made from."""
@@ -29,6 +29,7 @@ class ImageSettings(Settings):
     model: str = option("lenet", "linear, mlp, lenet, digitsnet, resnet8, resnet18 or vit.")
     num_images: int = option(10, "Images, the first of the test set.", minimum=1)
     seed: int = option(0, "Of initialization and noise.", minimum=0)
+    device: str = device_option()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +79,9 @@ class Scene:
             coloured: Whether the prior has their covariance.
 
         Raises:
-            InvalidInputError: The data set has too few images.
+            InvalidInputError: The data set has too few images, or torch cannot use the device.
         """
+        device = find_device(settings.device)
         data = load_dataset(settings.dataset, root=settings.data_root)
         count = settings.num_images if num_images is None else num_images
         if len(data.test) < count:
@@ -89,10 +91,22 @@ class Scene:
         initialize_(model, settings.initialization)
         images, labels = data.test.select(slice(0, count))
         public, _ = data.train.select(slice(0, num_public))
+        update = GradientUpdate(model.to(device), nn.CrossEntropyLoss())
         params = {name: p.detach().double() for name, p in model.named_parameters()}
         prior = (GaussianPrior.from_images if coloured else GaussianPrior.from_examples)(public.double())
-        update = GradientUpdate(model, nn.CrossEntropyLoss())
-        return cls(update, params, images.double()[:, None], labels[:, None], prior, settings.seed)
+        return cls(
+            update=update,
+            params=params,
+            images=images.to(device).double()[:, None],
+            labels=labels.to(device)[:, None],
+            prior=prior.to(torch.float64, device),
+            seed=settings.seed,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where all of it is."""
+        return self.images.device
 
     def to(self, dtype: torch.dtype) -> Scene:
         """Returns the same scene in another floating-point type."""
@@ -110,7 +124,7 @@ class Scene:
             params=self.params,
             shared=shared,
             prior=self.prior,
-            noise=IsotropicNoise(torch.full((len(group),), noise_std, dtype=torch.float64)),
+            noise=IsotropicNoise(torch.full((len(group),), noise_std, dtype=torch.float64, device=self.device)),
             labels=self.labels[group],
         )
 
@@ -119,8 +133,24 @@ class Scene:
         return (rebuilt - self.images[group]).flatten(1).square().mean(1).sqrt()
 
     def noise(self, group: Sequence[int], level: int) -> Tensor:
-        """Returns standard normal noise `[U, P]` that depends on nothing but seed, image and noise level."""
-        return torch.stack([_noise(self.seed, image, level, self.update.layout.dim) for image in group])
+        """Returns standard normal noise `[U, P]` that depends on seed, image and noise level alone."""
+        drawn = [_noise(self.seed, image, level, self.update.layout.dim) for image in group]
+        return torch.stack(drawn).to(self.device)
+
+
+def find_device(name: str) -> torch.device:
+    """Returns the device of a name.
+
+    Raises:
+        InvalidInputError: torch cannot use it here.
+    """
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InvalidInputError(
+            f"expected a device that torch can use here, such as cpu, got {name!r}: {reason}"
+        ) from error
 
 
 def groups(count: int, size: int) -> Iterator[list[int]]:

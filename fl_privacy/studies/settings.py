@@ -35,6 +35,11 @@ def option(
     return value
 
 
+def device_option() -> str:
+    """Returns the field that says where tensors are: rounding aside, results do not depend on it."""
+    return option("cpu", "Where to compute: cpu, cuda, cuda:1 or whatever torch can use here.", recorded=False)
+
+
 @dataclass(frozen=True)
 class Setting:
     """One field of a settings dataclass.

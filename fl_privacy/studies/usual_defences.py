@@ -133,7 +133,8 @@ def _rows(scene: Scene, image: int, share: float) -> Iterator[UsualDefencesRow]:
         shaped = arm.mechanism.attack(shared, GaussNewton())
         sharper = found if isinstance(shaped, GaussNewton) else shaped.run(problem)
         rms = float((shared - update).norm()) / math.sqrt(update.shape[-1])
-        power = IsotropicNoise(torch.tensor([max(rms, PRECISION * float(update.norm()) / math.sqrt(update.shape[-1]))]))
+        least = PRECISION * float(update.norm()) / math.sqrt(update.shape[-1])
+        power = IsotropicNoise(torch.tensor([max(rms, least)], device=update.device))
         equal = predicted_recovery(jacobian, power, scene.prior.std)
         leaning = isinstance(version.noise, IndependentNoise)
         audited = predicted_recovery(jacobian, version.noise, scene.prior.std) if leaning else equal
