@@ -21,10 +21,12 @@ from torch import Tensor
 
 from fl_privacy.attacks import GaussianPrior, GaussNewton, InputDenoising, IsotropicNoise, Noise
 from fl_privacy.attacks.image_prior import Denoiser, denoised
+from fl_privacy.audit.settings import RELU_WIDTH
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.influence.i2f import influence
 from fl_privacy.influence.lanczos import function_of_gram
 from fl_privacy.influence.recommendation import NoiseRecommendation, recommend_noise
+from fl_privacy.influence.rounding import rounded_off
 from fl_privacy.influence.sampling import draw_input_noise
 from fl_privacy.influence.spectrum import Spectrum, dense_gram, estimate_spectrum
 from fl_privacy.studies.defences import EXACT, Defence, DenseScene
@@ -65,6 +67,12 @@ class NoiseSettings(SceneSettings):
     num_probes: int = option(4, "Probes of the spectrum.", minimum=1)
     max_steps: int = option(256, "Lanczos steps per probe.", minimum=1)
     draw_steps: int = option(1024, "Lanczos steps per draw of shaped noise.", minimum=1)
+    relu_width: float = option(
+        RELU_WIDTH,
+        "Width of rounded ReLUs for J, as an audit takes it; 0: the network's own J.",
+        minimum=0,
+    )
+    hops: int = option(1, "Most restarts of Gauss-Newton on noisy inputs.", minimum=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,12 +129,13 @@ def _defences(settings: NoiseSettings) -> list[str]:
 
 
 class _Unit:
-    """One image: its Jacobian, spectrum and, where defences need it, dense matrix."""
+    """One image: its update, the J that laws and linear attackers take, its spectrum and, where needed, dense J."""
 
     def __init__(self, settings: NoiseSettings, scene: Scene, image: int) -> None:
         self.settings, self.scene, self.image = settings, scene, image
-        self.jacobian = scene.jacobian([image])
-        self.update = self.jacobian.update()[0]
+        self.own = scene.jacobian([image])
+        self.jacobian = replace(scene, update=rounded_off(scene.update, settings.relu_width)).jacobian([image])
+        self.update = self.own.update()[0]
         self.x = self.jacobian.private_inputs
         self.mu = scene.prior.start(1, 1)
         self.spectrum = estimate_spectrum(
@@ -227,10 +236,10 @@ def _defended(
         yield "shaped", float(law.leakage.value), float(law.shaped_norm), {}
         yield "white input", target, float(law.white_norm), {}
         return
-    normal = torch.randn(len(unit.update), generator=unit.generator(1), dtype=torch.float64)
+    normal = torch.randn(len(unit.update), generator=unit.generator(1), dtype=torch.float64).to(unit.update)
     delta = sigma * normal[None]
     reached = float(unit.spectrum.leakage(sigma, tau).value)
-    noise = IsotropicNoise(torch.full((1,), sigma, dtype=torch.float64))
+    noise = IsotropicNoise(unit.update.new_full((1,), sigma))
     yield (
         "isotropic",
         reached,
@@ -249,7 +258,7 @@ def _defended(
         return float(shaped.scale) ** 2 * law.variance(nodes) + white_variance
 
     yield "shaped", *_on_input(settings, unit, shaped.noise, variance)
-    z = torch.randn(unit.x.shape, generator=unit.generator(2), dtype=torch.float64)
+    z = torch.randn(unit.x.shape, generator=unit.generator(2), dtype=torch.float64).to(unit.x)
     uniform = float(law.white_std) ** 2
     yield (
         "white input",
@@ -283,7 +292,7 @@ def _on_input(
     settings: NoiseSettings, unit: _Unit, a: Tensor, variance: Callable[[Tensor], Tensor]
 ) -> tuple[float, float, Found]:
     tau, prior = unit.scene.prior.std, unit.scene.prior
-    shared = unit.jacobian.shifted(a).update()
+    shared = unit.own.shifted(a).update()
 
     def share(nodes: Tensor) -> Tensor:
         return tau**2 / (tau**2 + variance(nodes))
@@ -295,13 +304,13 @@ def _on_input(
         exact = EXACT * float(unit.update.square().mean().sqrt())
         problem = replace(unit.scene.problem([unit.image], shared, exact), prior=wide)
         attack = InputDenoising(
-            attack=GaussNewton(hops=1),
+            attack=GaussNewton(hops=settings.hops),
             covariance=lambda v: unit.of_gram(variance, v),
             prior_std=tau,
         )
         result = attack.run(problem)
         found["gauss-newton"] = _Result(result.inputs, bool(result.explained[0]))
-    leakage = float(unit.spectrum.mean(share))
+    leakage = float(unit.spectrum.mean(lambda nodes: share(nodes.reshape(1, -1)).reshape(nodes.shape)))  # of all probes
     return leakage, float((shared[0] - unit.update).norm()), found
 
 
@@ -328,7 +337,7 @@ def _weighted_mean(unit: _Unit, defence: Defence) -> Tensor:
     seen = j @ (unit.x - unit.mu)[0] + defence.change
     m = weighed @ j
     target = defence.noise.precision(seen[None])[0] @ j
-    solved = torch.linalg.solve(m + torch.eye(len(m), dtype=m.dtype) / tau**2, target)
+    solved = torch.linalg.solve(m + torch.eye(len(m), dtype=m.dtype, device=m.device) / tau**2, target)
     return _image(unit, unit.mu + solved[None])
 
 

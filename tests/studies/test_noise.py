@@ -47,6 +47,16 @@ def test_shaped_noise_changes_the_update_least_at_the_same_error(tmp_path: Path)
     assert "cannot meet the target" in summary
 
 
+def test_noise_by_a_sampled_spectrum_leaks_no_more_than_the_target(tmp_path: Path) -> None:
+    run(
+        *("noise", "--no-others", "--no-searching", "--num-images", "1", "--targets", "0.5"),
+        *("--num-probes", "2", "--max-steps", "16", "-o", str(tmp_path)),
+    )
+    shaped = [row for row in read_rows(tmp_path / "results.csv", NoiseRow) if row.defence == "shaped"]
+    assert len(shaped) == 3
+    assert 0.3 < shaped[0].leakage < 0.5  # by the estimate; the target is met by its upper end
+
+
 def test_accuracy_at_equal_total_leakage(tmp_path: Path) -> None:
     run(
         "noise-accuracy",
