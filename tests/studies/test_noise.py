@@ -57,6 +57,20 @@ def test_noise_by_a_sampled_spectrum_leaks_no_more_than_the_target(tmp_path: Pat
     assert 0.3 < shaped[0].leakage < 0.5  # by the estimate; the target is met by its upper end
 
 
+def test_behind_relus_the_j_of_an_audit_asks_for_more_noise_on_the_update(tmp_path: Path) -> None:
+    changes = {}
+    for width, how in (("0", "--no-attacking"), ("0.15", "--no-searching")):
+        run(
+            *("noise", "--no-others", how, "--num-images", "1", "--targets", "0.5", "-o", str(tmp_path / width)),
+            *("--model", "resnet8", "--initialization", "default", "--relu-width", width),
+        )
+        rows = read_rows(tmp_path / width / "results.csv", NoiseRow)
+        assert all(row.leakage == pytest.approx(0.5, abs=0.01) for row in rows)
+        changes[width] = {row.defence: row.relative_change for row in rows}
+    assert changes["0.15"]["isotropic"] > 1.5 * changes["0"]["isotropic"]
+    assert 5 * changes["0.15"]["shaped"] < changes["0.15"]["isotropic"]  # as the update really changes, jumps and all
+
+
 def test_accuracy_at_equal_total_leakage(tmp_path: Path) -> None:
     run(
         "noise-accuracy",
