@@ -66,13 +66,14 @@ class DenseScene:
 
     Args:
         jacobian: One unit, of an input of at most a thousand elements or so.
+        update: Its undefended update `[P]`; behind ReLUs J may be that of the rounded network.
         model: Whose last linear layer Soteria prunes.
         prior_std: τ.
         seed: Of all noise.
     """
 
-    def __init__(self, jacobian: UpdateJacobian, model: nn.Module, prior_std: float, seed: int) -> None:
-        self.update = jacobian.update()[0]
+    def __init__(self, jacobian: UpdateJacobian, update: Tensor, model: nn.Module, prior_std: float, seed: int) -> None:
+        self.update = update
         identity = torch.eye(jacobian.input_dim, dtype=jacobian.dtype, device=jacobian.device)
         lanes = jacobian.select(torch.zeros(64, dtype=torch.long, device=jacobian.device))
         padded = torch.cat([identity, identity.new_zeros(-len(identity) % 64, jacobian.input_dim)])

@@ -142,7 +142,7 @@ class _Unit:
             self.jacobian, num_probes=settings.num_probes, max_steps=settings.max_steps, rtol=1e-3
         )
         self.dense = (
-            DenseScene(self.jacobian, scene.update.model, scene.prior.std, 7 * image)
+            DenseScene(self.jacobian, self.update, scene.update.model, scene.prior.std, 7 * image)
             if settings.others and settings.attacking
             else None
         )
@@ -310,7 +310,8 @@ def _on_input(
         )
         result = attack.run(problem)
         found["gauss-newton"] = _Result(result.inputs, bool(result.explained[0]))
-    leakage = float(unit.spectrum.mean(lambda nodes: share(nodes.reshape(1, -1)).reshape(nodes.shape)))  # of all probes
+    # Nodes are [probes, 1, steps], and the law takes those of one unit.
+    leakage = float(unit.spectrum.mean(lambda nodes: share(nodes.reshape(1, -1)).reshape(nodes.shape)))
     return leakage, float((shared[0] - unit.update).norm()), found
 
 

@@ -142,15 +142,17 @@ def find_device(name: str) -> torch.device:
     """Returns the device of a name.
 
     Raises:
-        InvalidInputError: torch cannot use it here.
+        InvalidInputError: torch cannot use it here, or not for float64.
     """
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
+        device = torch.device(name)
+        torch.zeros(1, dtype=torch.float64, device=device).cpu()
+    except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise InvalidInputError(
             f"expected a device that torch can use here, such as cpu, got {name!r}: {reason}"
         ) from error
+    return device
 
 
 def groups(count: int, size: int) -> Iterator[list[int]]:

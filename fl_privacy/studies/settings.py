@@ -35,9 +35,9 @@ def option(
     return value
 
 
-def device_option() -> str:
-    """Returns the field that says where tensors are: rounding aside, results do not depend on it."""
-    return option("cpu", "Where to compute: cpu, cuda, cuda:1 or whatever torch can use here.", recorded=False)
+def device_option(*, recorded: bool = False) -> str:
+    """Returns the field that says where tensors are; rounding aside, seconds are all that depends on it."""
+    return option("cpu", "Where to compute: cpu, cuda, cuda:1 or whatever torch can use here.", recorded=recorded)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from fl_privacy.influence.i2f import influence, influence_lower_bound
 from fl_privacy.influence.spectrum import estimate_spectrum
 from fl_privacy.studies.results import Portion
 from fl_privacy.studies.scene import Scene, SceneSettings
-from fl_privacy.studies.settings import option
+from fl_privacy.studies.settings import device_option, option
 from fl_privacy.studies.study import Study, Summary
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class TimeSettings(SceneSettings):
     lbfgs_steps: int = option(300, "Steps of a whole L-BFGS attack.", minimum=1)
     adam_steps: int = option(24000, "Steps of a whole Adam attack; the paper's number.", minimum=1)
     inverting_steps: int = option(2000, "Steps of each of two starts of a whole Inverting Gradients attack.", minimum=1)
+    device: str = device_option(recorded=True)
     timed_steps: int = option(100, "Steps of each of these three that are really run and timed.", minimum=1)
 
 
@@ -134,6 +135,8 @@ def _gradient(scene: Scene, image: int) -> None:
 def _seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
+    if torch.cuda.is_available():  # which computes while the program goes on
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 

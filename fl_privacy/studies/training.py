@@ -148,7 +148,7 @@ def _local_steps(
     optimizer = torch.optim.SGD(local.values(), lr=settings.lr)
     for _ in range(settings.local_steps):
         chosen = part[torch.randint(len(part), (settings.batch_size,), generator=generator)]
-        images, labels = (part.to(scene.device) for part in train.select(chosen))
+        images, labels = (tensor.to(scene.device) for tensor in train.select(chosen))
         optimizer.zero_grad()
         outputs = functional_call(scene.update.model.train(), local, (images,))
         torch.autograd.backward(nn.functional.cross_entropy(outputs, labels))

@@ -10,6 +10,7 @@ import torch
 
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.studies import load_study
+from fl_privacy.studies.scene import Scene, SceneSettings
 from fl_privacy.validation import ValidationSettings, attacks_of, run_validation
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
@@ -53,16 +54,26 @@ def test_validation_finds_on_a_gpu_what_it_finds_on_the_cpu(tmp_path: Any) -> No
 
 
 @needs_gpu
-def test_everything_of_a_study_is_where_it_was_asked_for() -> None:
+def test_a_study_computes_on_the_gpu_that_it_was_asked_for() -> None:
     torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.max_memory_allocated()
     study = load_study("ridge")
     _rows(study, study.settings(num_images=1, noise_stds=(1e-2,), device="cuda"))
-    assert torch.cuda.max_memory_allocated() > 0
+    assert torch.cuda.max_memory_allocated() > before
+
+
+@needs_gpu
+def test_float32_products_on_a_gpu_are_not_rounded_to_tf32() -> None:
+    settings = SceneSettings(model="resnet8", initialization="default", num_images=1, device="cuda")
+    scene = Scene.of(settings)
+    vector = torch.randn(1, 64, dtype=torch.float64, device="cuda")
+    exact, fast = scene.jacobian([0]).gram(vector), scene.to(torch.float32).jacobian([0]).gram(vector.float())
+    assert float((fast - exact).norm() / exact.norm()) < 1e-5
 
 
 def test_a_device_that_is_not_there_is_refused_by_name() -> None:
     study = load_study("ridge")
-    for name in ("nonsense", "cuda:99"):
+    for name in ("nonsense", "cuda:99", "meta"):
         with pytest.raises(InvalidInputError, match=f"expected a device that torch can use here, .* got '{name}'"):
             _rows(study, study.settings(num_images=1, device=name))
 

@@ -6,14 +6,17 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
+from fl_privacy.attacks import IndependentNoise
 from fl_privacy.cli import app
 from fl_privacy.studies import load_study
-from fl_privacy.studies.noise import NoiseRow
+from fl_privacy.studies.noise import NoiseRow, NoiseSettings, _Unit
 from fl_privacy.studies.noise_accuracy import ARMS, AccuracyRow, _meeting
 from fl_privacy.studies.results import read_rows
+from fl_privacy.studies.scene import Scene
 
 
 def run(*arguments: str) -> None:
@@ -69,6 +72,18 @@ def test_behind_relus_the_j_of_an_audit_asks_for_more_noise_on_the_update(tmp_pa
         changes[width] = {row.defence: row.relative_change for row in rows}
     assert changes["0.15"]["isotropic"] > 1.5 * changes["0"]["isotropic"]
     assert 5 * changes["0.15"]["shaped"] < changes["0.15"]["isotropic"]  # as the update really changes, jumps and all
+
+
+def test_what_is_pruned_behind_relus_is_not_shared() -> None:
+    settings = NoiseSettings(model="resnet8", initialization="default", num_images=1)
+    unit = _Unit(settings, Scene.of(settings), 0)
+    assert unit.dense is not None
+    defence = unit.dense.pruned(0.5)
+    assert isinstance(defence.noise, IndependentNoise)
+    shared, kept = unit.update + defence.change, defence.noise.std[0].isfinite()
+    assert 0 < int(kept.sum()) < 1000
+    assert torch.equal(shared[kept], unit.update[kept])
+    assert not shared[~kept].any()
 
 
 def test_accuracy_at_equal_total_leakage(tmp_path: Path) -> None:
