@@ -33,7 +33,7 @@ from fl_privacy.studies.defences import EXACT, Defence, DenseScene
 from fl_privacy.studies.results import Portion
 from fl_privacy.studies.scene import Scene, SceneSettings
 from fl_privacy.studies.settings import option
-from fl_privacy.studies.study import Study, Summary
+from fl_privacy.studies.study import Study, Summary, plain_ticks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -438,6 +438,7 @@ def _draw(settings: NoiseSettings, rows: Sequence[NoiseRow], figure: Figure) -> 
         right.plot(settings.targets, predicted, color="black", linewidth=1, label="predicted")
     error = "rmse of the strongest attack" if settings.attacking else "rmse, predicted; no attack was run"
     left.set(xscale="log", xlabel="change of the update, relative", ylabel=error)
+    plain_ticks(left.xaxis)
     right.set(xlabel="target leakage", ylabel=error)
     right.invert_xaxis()
     for axis in (left, right):

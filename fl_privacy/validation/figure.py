@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fl_privacy.extras import require
-from fl_privacy.studies.study import save_figure
+from fl_privacy.studies.study import plain_ticks, save_figure
 from fl_privacy.validation.study import RAN, ValidationRow
 from fl_privacy.validation.summary import best_attacks, explained_runs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 _MARKERS = "osD^vP*X"
@@ -73,7 +72,7 @@ def _draw_agreement(rows: Sequence[ValidationRow], axes: Axes, title: str) -> No
     axes.set_ylabel("error of the best attack, rmse per input element")
     axes.set_aspect("equal")
     for axis in (axes.xaxis, axes.yaxis):
-        _plain_ticks(axis)
+        plain_ticks(axis)
     axes.legend(frameon=False, fontsize=9)
 
 
@@ -100,13 +99,5 @@ def _draw_corridor(rows: Sequence[ValidationRow], axes: Axes) -> None:
     axes.set(xscale="log", yscale="log", title="the corridor: medians, and each run (hollow: failed)")
     axes.set_xlabel("noise, standard deviation per parameter")
     axes.set_ylabel("error, rmse per input element")
-    _plain_ticks(axes.yaxis)
+    plain_ticks(axes.yaxis)
     axes.legend(frameon=False, fontsize=9)
-
-
-def _plain_ticks(axis: Axis) -> None:
-    """Labels 1, 2 and 5 of each decade by plain numbers, which do not run into one another as all nine would."""
-    ticker = require("matplotlib.ticker")
-    axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(ticker.NullFormatter())
