@@ -79,18 +79,17 @@ class NoiseRecommendation:
         """Returns h(λ), the variance of the shaped noise along an eigenvector of G.
 
         Args:
-            eigenvalue: λ ≥ 0, number or `[U, ...]`, one or more of every unit.
+            eigenvalue: λ ≥ 0, number, `[U]`, or `[..., U, K]` as the nodes of a spectrum are.
         """
         value = torch.as_tensor(eigenvalue, dtype=self.level.dtype, device=self.level.device)
         value = value.expand(self.num_units) if value.ndim == 0 else value
-        if len(value) != self.num_units:
+        if value.shape[-2:][0] != self.num_units:
             raise InvalidInputError(
-                f"expected eigenvalues of {self.num_units} units [units, ...], got shape {list(value.shape)}"
+                f"expected eigenvalues of {self.num_units} units [units] or [..., units, eigenvalues], got shape "
+                f"{list(value.shape)}"
             )
-        shape = (-1, *[1] * (value.ndim - 1))
-        return _water_filling(
-            value, *(part.reshape(shape) for part in (self.level, self.prior_std, self.largest_variance))
-        )
+        law = (self.level, self.prior_std, self.largest_variance)
+        return _water_filling(value, *(law if value.ndim == 1 else (part[:, None] for part in law)))
 
     def select(self, units: Tensor) -> NoiseRecommendation:
         """Returns the recommendation of the given units `[V]` (indices, repeats allowed)."""

@@ -44,6 +44,15 @@ class InputNoise:
     expected_norm: Tensor
     products: Tensor
 
+    def variance(self, recommendation: NoiseRecommendation, eigenvalue: Tensor) -> Tensor:
+        """Returns the variance along eigenvectors of G with what makes up for the residual, scale²·h(λ) + white_std².
+
+        Args:
+            recommendation: The law that was drawn from, h.
+            eigenvalue: λ ≥ 0, `[..., U, K]` as the nodes of a spectrum are.
+        """
+        return self.scale[:, None] ** 2 * recommendation.variance(eigenvalue) + self.white_std[:, None] ** 2
+
 
 def sample_input_noise(
     jacobian: InputOperator,

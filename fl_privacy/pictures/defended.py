@@ -92,11 +92,10 @@ def _shaped(
     """The panel of u(x + a): the attacker rebuilds x + a, and takes the posterior mean of x given that."""
     tau, truth = scene.prior.std, scene.images[[settings.image]]
     drawn = draw_input_noise(jacobian, law, settings.seed, max_steps=_MAX_STEPS)
-    white = float(drawn.white_std) ** 2
 
     def share(nodes: Tensor) -> Tensor:
         """τ²/(τ² + s²), s² = h(λ) as it was drawn."""
-        return tau**2 / (tau**2 + float(drawn.scale) ** 2 * law.variance(nodes) + white)
+        return tau**2 / (tau**2 + drawn.variance(law, nodes))
 
     shared = jacobian.shifted(drawn.noise).update()
     exact = NoDefence().noise(shared)

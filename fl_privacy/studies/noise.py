@@ -252,12 +252,7 @@ def _defended(
     shaped = draw_input_noise(
         unit.jacobian, law, 10 * unit.image + scene.seed, max_steps=settings.draw_steps, rtol=2e-3
     )
-    white_variance = float(shaped.white_std) ** 2
-
-    def variance(nodes: Tensor) -> Tensor:
-        return float(shaped.scale) ** 2 * law.variance(nodes) + white_variance
-
-    yield "shaped", *_on_input(settings, unit, shaped.noise, variance)
+    yield "shaped", *_on_input(settings, unit, shaped.noise, partial(shaped.variance, law))
     z = torch.randn(unit.x.shape, generator=unit.generator(2), dtype=torch.float64).to(unit.x)
     uniform = float(law.white_std) ** 2
     yield (
@@ -310,8 +305,7 @@ def _on_input(
         )
         result = attack.run(problem)
         found["gauss-newton"] = _Result(result.inputs, bool(result.explained[0]))
-    # Nodes are [probes, 1, steps], and the law takes those of one unit.
-    leakage = float(unit.spectrum.mean(lambda nodes: share(nodes.reshape(1, -1)).reshape(nodes.shape)))
+    leakage = float(unit.spectrum.mean(share))
     return leakage, float((shared[0] - unit.update).norm()), found
 
 

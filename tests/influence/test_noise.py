@@ -85,6 +85,23 @@ def test_target_and_norms_equal_the_dense_law(target: float, training: bool) -> 
     torch.testing.assert_close(dense_isotropic, torch.full((2,), target).double(), rtol=1e-2, atol=0)
 
 
+def test_the_law_takes_the_nodes_of_a_spectrum_of_several_probes() -> None:
+    operator = prescribed(with_eigenvalues(log_uniform(3, 7)))
+    spectrum = estimate_spectrum(operator, num_probes=3, max_steps=12)
+    noise = recommend_noise(spectrum, target_leakage=0.4, prior_std=PRIOR)
+    nodes = spectrum.gauss.nodes
+    assert nodes.shape[:2] == (3, 2)
+    of_each = torch.stack([noise.select(torch.tensor([unit])).variance(nodes[:, unit, None]) for unit in range(2)], 1)
+    assert torch.equal(noise.variance(nodes), of_each.squeeze(2))
+    leaks = spectrum.mean(lambda at: PRIOR**2 / (PRIOR**2 + noise.variance(at)))
+    assert ((noise.leakage.lower <= leaks) & (leaks <= noise.leakage.upper)).all()
+    drawn = draw_input_noise(operator, noise, 0, max_steps=8)
+    assert (drawn.scale > 1).all()
+    for unit in range(2):
+        expected = drawn.scale[unit] ** 2 * noise.variance(nodes)[:, unit] + drawn.white_std[unit] ** 2
+        torch.testing.assert_close(drawn.variance(noise, nodes)[:, unit], expected)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("ratio", [1.5, 4.0, 1e9])
 def test_no_law_of_the_same_leakage_and_cap_changes_the_update_less(target: float, ratio: float) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from matplotlib.image import imread
+from PIL import Image
 from typer.testing import CliRunner
 
 from fl_privacy.cli import app
@@ -32,6 +34,32 @@ def test_noise_leaves_the_predicted_error_and_the_raw_gradient_none(tmp_path):
         assert 0.28 < panels[name]["leakage"] <= 0.3 + 1e-9
         assert panels[name]["predicted"] == pytest.approx(found["prior_std"] * (1 - panels[name]["leakage"]) ** 0.5)
     assert imread(path).shape[1] == round(130 * 1.75 * 7)
+
+
+def test_images_too_large_for_an_exact_spectrum_are_drawn_behind_shaped_noise_too(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 24, 24, 3), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        path = tmp_path / "data" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    outcome = invoke(
+        *(
+            "--dataset",
+            "folder",
+            "--data-root",
+            str(tmp_path / "data"),
+            "--model",
+            "mlp",
+            "--initialization",
+            "default",
+        ),
+        *("--noise", "1e-2", "--prune", "0.5", "-o", str(tmp_path / "one.png"), "--json"),
+    )
+    assert outcome.exit_code == 0, outcome.output
+    shaped = json.loads(outcome.stdout)["panels"][-1]
+    assert shaped["name"] == "shaped for 50%"
+    assert 0.4 < shaped["leakage"] <= 0.5 + 1e-9
+    assert 0.7 < shaped["reached"] / shaped["predicted"] < 1.3
 
 
 @pytest.mark.parametrize(
