@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fl_privacy.attacks.problem import AttackProblem
-from fl_privacy.influence.precision import full_precision
 from fl_privacy.influence.update import Linearization
 
 
@@ -44,12 +43,10 @@ class DifferentiableUpdate:
 class _Update(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, source: DifferentiableUpdate) -> Tensor:
-        with full_precision(inputs.device):
-            ctx.parts = source.linearizations(inputs)
-            return torch.cat([part.update() for _, part in ctx.parts])
+        ctx.parts = source.linearizations(inputs)
+        return torch.cat([part.update() for _, part in ctx.parts])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, update_bar: Tensor) -> tuple[Tensor, None]:
-        with full_precision(update_bar.device):
-            return torch.cat([part.vjp(update_bar[chunk]) for chunk, part in ctx.parts]), None
+        return torch.cat([part.vjp(update_bar[chunk]) for chunk, part in ctx.parts]), None

@@ -11,6 +11,7 @@ from torch.func import vmap
 from fl_privacy.errors import NotTwiceDifferentiableError
 from fl_privacy.influence.convolution import LaneConvolution
 from fl_privacy.influence.layout import ParameterLayout
+from fl_privacy.influence.precision import full_precision
 
 Parts = tuple[Tensor, ...]
 """A vector over parameters or their gradients, one tensor `[L, *shape]` for each of the layout's parameters."""
@@ -135,14 +136,15 @@ def _flat(parts: Parts) -> Tensor:
 def _lane_losses(
     loss: LaneLoss, named: dict[str, Tensor], inputs: Tensor, labels: Tensor, *, vectorize: bool
 ) -> Tensor:
-    if vectorize and len(inputs) > 1:
-        with LaneConvolution():
-            losses: Tensor = vmap(loss)(named, inputs, labels)
-        return losses
-    if len(inputs) == 1:  # a squeezed leaf costs no copy in the backward pass, an indexed one does
-        return loss({name: part.squeeze(0) for name, part in named.items()}, inputs.squeeze(0), labels[0])[None]
-    lanes = [({name: part[i] for name, part in named.items()}, inputs[i], labels[i]) for i in range(len(inputs))]
-    return torch.stack([loss(*lane) for lane in lanes])
+    with full_precision(inputs.device):
+        if vectorize and len(inputs) > 1:
+            with LaneConvolution():
+                losses: Tensor = vmap(loss)(named, inputs, labels)
+            return losses
+        if len(inputs) == 1:  # a squeezed leaf costs no copy in the backward pass, an indexed one does
+            return loss({name: part.squeeze(0) for name, part in named.items()}, inputs.squeeze(0), labels[0])[None]
+        lanes = [({name: part[i] for name, part in named.items()}, inputs[i], labels[i]) for i in range(len(inputs))]
+        return torch.stack([loss(*lane) for lane in lanes])
 
 
 def _check_graph(gradients: Iterable[Tensor | None]) -> None:
@@ -174,14 +176,15 @@ def _differentiate(
     retain_graph: bool | None = None,
 ) -> tuple[Tensor | None, ...]:
     try:
-        return torch.autograd.grad(
-            outputs,
-            wrt,
-            grad_outputs=grad_outputs,
-            create_graph=create_graph,
-            retain_graph=retain_graph,
-            allow_unused=True,
-        )
+        with full_precision(wrt[0].device):
+            return torch.autograd.grad(
+                outputs,
+                wrt,
+                grad_outputs=grad_outputs,
+                create_graph=create_graph,
+                retain_graph=retain_graph,
+                allow_unused=True,
+            )
     except (RuntimeError, NotImplementedError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise

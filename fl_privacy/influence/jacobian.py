@@ -15,7 +15,6 @@ from torch import Tensor
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.influence.evaluation import has_batch_norm
 from fl_privacy.influence.memory import saved_bytes
-from fl_privacy.influence.precision import full_precision
 from fl_privacy.influence.update import Linearization, UpdateMap
 
 DEFAULT_MEMORY_BUDGET = 2 * 1024**3
@@ -123,9 +122,9 @@ class UpdateJacobian:
         inputs, labels = self._batch
         size = 1 if self.num_units == 1 else self.lanes_per_pass  # of one unit there is nothing to measure
         chunks = [slice(i, i + size) for i in range(0, self.num_units, size)]
-        with full_precision(self.device):
-            parts = [self._update.update(self._params, self._lanes(inputs[c]), inputs[c], labels[c]) for c in chunks]
-        update = torch.cat(parts)
+        update = torch.cat(
+            [self._update.update(self._params, self._lanes(inputs[c]), inputs[c], labels[c]) for c in chunks]
+        )
         return update if self._weights is None else self._weights * update
 
     def jvp(self, vectors: Tensor) -> Tensor:
@@ -159,8 +158,7 @@ class UpdateJacobian:
         It leans to G's largest eigenvalue far more than a random vector does: what an input changes most of its update
         is mostly the update's length. On a ResNet18 Lanczos finds λ_max from it in half the steps.
         """
-        with full_precision(self.device):
-            parts = [self._gathered(lin.vjp(lin.update()), lanes) for lanes, lin in self._linearizations()]
+        parts = [self._gathered(lin.vjp(lin.update()), lanes) for lanes, lin in self._linearizations()]
         return self._scaled(torch.cat(parts), 2)
 
     def select(self, units: Tensor) -> UpdateJacobian:
@@ -290,8 +288,7 @@ class UpdateJacobian:
             raise InvalidInputError(
                 f"expected vectors of {self.dtype} on {self.device}, got {vectors.dtype} on {vectors.device}"
             )
-        with full_precision(self.device):
-            parts = [product(lin, vectors[lanes], lanes) for lanes, lin in self._linearizations()]
+        parts = [product(lin, vectors[lanes], lanes) for lanes, lin in self._linearizations()]
         return parts[0] if len(parts) == 1 else torch.cat(parts)  # of a large model one part is a copy worth sparing
 
     def _linearizations(self) -> Iterator[tuple[slice, Linearization]]:
