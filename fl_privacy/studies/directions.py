@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fl_privacy.attacks import GaussNewton
 from fl_privacy.influence.jacobian import UpdateJacobian
+from fl_privacy.influence.spectrum import dense_gram
 from fl_privacy.studies.results import Portion
 from fl_privacy.studies.scene import Scene, SceneSettings
 from fl_privacy.studies.settings import option
@@ -124,10 +125,7 @@ def _rows(
 
 def eigenpairs(jacobian: UpdateJacobian) -> tuple[Tensor, Tensor]:
     """Returns the eigenvalues `[D]` of one unit's G, largest first, and its eigenvectors as columns `[D, D]`."""
-    dim = jacobian.input_dim
-    identity = torch.eye(dim, dtype=jacobian.dtype, device=jacobian.device)
-    columns = jacobian.select(torch.zeros(dim, dtype=torch.long, device=jacobian.device)).jvp(identity)
-    values, vectors = torch.linalg.eigh(columns @ columns.T)
+    values, vectors = torch.linalg.eigh(dense_gram(jacobian, 0))
     # Rounding may leave an eigenvalue that is zero below it.
     return values.flip(0).clamp(min=torch.finfo(values.dtype).tiny), vectors.flip(1)
 

@@ -146,7 +146,7 @@ def _rows(
         gradient = rounded_off(GradientUpdate(stage.model, nn.CrossEntropyLoss()), RELU_WIDTH)
         known.append(PublicJacobians.of(gradient, stage.params, scene.images[:, 0], scene.labels[:, 0]))
     update = _client_update(settings, stage.model, size)
-    images, labels = (part.to(scene.device) for part in private.select(slice(0, settings.num_images * size)))
+    images, labels = scene.select(private, slice(0, settings.num_images * size))
     images = images.double().reshape(settings.num_images, size, *images.shape[1:])
     labels = labels.reshape(settings.num_images, size)
     shared = UpdateJacobian(update, stage.params, images, labels).update()
@@ -251,7 +251,7 @@ def _trained(settings: ProxySettings, scene: Scene, train: ImageSet) -> Iterator
             frozen = {name: p.detach().double() for name, p in params.items()}
             yield step, _Stage(copy.deepcopy(model).double().eval(), frozen)
         chosen = torch.randint(len(train), (settings.train_batch,), generator=generator)
-        images, labels = (part.to(scene.device) for part in train.select(chosen))
+        images, labels = scene.select(train, chosen)
         optimizer.zero_grad()
         outputs = functional_call(model, params, (images,))
         torch.autograd.backward(nn.functional.cross_entropy(outputs, labels))

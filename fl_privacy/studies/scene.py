@@ -12,7 +12,7 @@ from fl_privacy.attacks import AttackProblem, GaussianPrior, IsotropicNoise
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.influence.jacobian import UpdateJacobian
 from fl_privacy.influence.update import GradientUpdate
-from fl_privacy.reference import build_model, load_dataset
+from fl_privacy.reference import ImageSet, build_model, load_dataset
 from fl_privacy.reference.initialization import Initialization, initialize_
 from fl_privacy.studies.settings import Settings, device_option, option
 
@@ -112,6 +112,11 @@ class Scene:
         """Returns the same scene in another floating-point type."""
         params = {name: p.to(dtype) for name, p in self.params.items()}
         return replace(self, params=params, images=self.images.to(dtype), prior=self.prior.to(dtype))
+
+    def select(self, data: ImageSet, indices: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Returns images and labels of a data set as `ImageSet.select` does, on the scene's device."""
+        images, labels = data.select(indices)
+        return images.to(self.device), labels.to(self.device)
 
     def jacobian(self, group: Sequence[int]) -> UpdateJacobian:
         """Returns J at some of the images."""

@@ -42,8 +42,8 @@ class TimeSettings(SceneSettings):
     lbfgs_steps: int = option(300, "Steps of a whole L-BFGS attack.", minimum=1)
     adam_steps: int = option(24000, "Steps of a whole Adam attack; the paper's number.", minimum=1)
     inverting_steps: int = option(2000, "Steps of each of two starts of a whole Inverting Gradients attack.", minimum=1)
-    device: str = device_option(recorded=True)
     timed_steps: int = option(100, "Steps of each of these three that are really run and timed.", minimum=1)
+    device: str = device_option(recorded=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,17 +80,18 @@ def _rows(settings: TimeSettings, scene: Scene, image: int) -> list[TimeRow]:
     """Returns all of an image's rows at once: those of a stopped run are not set beside another's."""
     noise = settings.noise_std * scene.noise([image], 0)
     problem = scene.problem([image], scene.jacobian([image]).update() + noise, settings.noise_std)
-    _seconds(lambda: scene.jacobian([image]).gram(problem.start()))  # what a first use sets up is not timed
+    seconds = partial(_seconds, scene.device)
+    seconds(lambda: scene.jacobian([image]).gram(problem.start()))  # what a first use sets up is not timed
     rows = []
     work = {**_predictions(settings, scene, image, noise), **_attacks(settings, problem)}
     for method, (run, factor) in work.items():
-        gradient = statistics.median(_seconds(partial(_gradient, scene, image)) for _ in range(_GRADIENT_REPEATS))
+        gradient = statistics.median(seconds(partial(_gradient, scene, image)) for _ in range(_GRADIENT_REPEATS))
         rows.append(
             TimeRow(
                 image=image,
                 method=method,
                 attack=method in ATTACKS,
-                timed_seconds=_seconds(run),
+                timed_seconds=seconds(run),
                 factor=factor,
                 gradient_seconds=gradient,
             )
@@ -132,11 +133,11 @@ def _gradient(scene: Scene, image: int) -> None:
     torch.autograd.backward(nn.functional.cross_entropy(outputs, scene.labels[image]))
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def _seconds(device: torch.device, work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
-    if torch.cuda.is_available():  # which computes while the program goes on
-        torch.cuda.synchronize()
+    if device.type == "cuda":  # which computes while the program goes on
+        torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
 

@@ -106,7 +106,7 @@ def _rows(
     leakage = spectrum.leakage(settings.noise_std, tau).value
     relative = spectrum.leakage(settings.relative_noise * norm, tau).value
     required = spectrum.required_noise_std(settings.target_leakage, tau)
-    images, labels = (part.to(scene.device) for part in test.select(slice(0, 2000)))
+    images, labels = scene.select(test, slice(0, 2000))
     with torch.no_grad():
         outputs = functional_call(scene.update.model.eval(), params, (images.double(),))
         losses = nn.functional.cross_entropy(outputs, labels, reduction="none")
@@ -148,7 +148,7 @@ def _local_steps(
     optimizer = torch.optim.SGD(local.values(), lr=settings.lr)
     for _ in range(settings.local_steps):
         chosen = part[torch.randint(len(part), (settings.batch_size,), generator=generator)]
-        images, labels = (tensor.to(scene.device) for tensor in train.select(chosen))
+        images, labels = scene.select(train, chosen)
         optimizer.zero_grad()
         outputs = functional_call(scene.update.model.train(), local, (images,))
         torch.autograd.backward(nn.functional.cross_entropy(outputs, labels))
