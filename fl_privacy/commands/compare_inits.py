@@ -10,7 +10,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from fl_privacy.commands.options import DataRootOption
+from fl_privacy.audit.settings import RELU_WIDTH
+from fl_privacy.commands.options import DataRootOption, ReluWidthOption
 from fl_privacy.commands.progress import print_json, progress_bar, result_console, user_errors
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def compare_inits(
     num_examples: Annotated[int, typer.Option(help="Examples to audit, the first ones.")] = 10,
     num_draws: Annotated[int, typer.Option(help="Draws of each initialization.")] = 3,
     seed: Annotated[int, typer.Option(help="Of the first draw.")] = 0,
+    relu_width: ReluWidthOption = RELU_WIDTH,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")] = False,
 ) -> None:
     """Print how much the gradients of your model leak under each initialization, and the noise that would stop it.
@@ -52,6 +54,7 @@ def compare_inits(
             num_examples=num_examples,
             num_draws=num_draws,
             seed=seed,
+            relu_width=relu_width,
         )
         factory, examples = model_factory(model), load_examples(data, root=Path(data_root))
         with progress_bar("comparing") as progress:

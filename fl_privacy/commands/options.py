@@ -20,4 +20,7 @@ NoiseOption = Annotated[
     list[float] | None, typer.Option(help="Noise level, standard deviation per parameter; give it several times.")
 ]
 DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1 or whatever torch can use here.")]
+ReluWidthOption = Annotated[
+    float, typer.Option(help="Width of rounded ReLUs in predictions, as audits have it; 0: the network's own J.")
+]
 SeedOption = Annotated[int, typer.Option(help="Of initialization and noise.")]

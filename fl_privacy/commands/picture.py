@@ -9,12 +9,14 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from fl_privacy.audit.settings import RELU_WIDTH
 from fl_privacy.commands.options import (
     DataRootOption,
     DatasetOption,
     InitializationOption,
     ModelOption,
     NoiseOption,
+    ReluWidthOption,
     SeedOption,
 )
 from fl_privacy.commands.progress import print_json, result_console, user_errors
@@ -35,6 +37,7 @@ def picture(
     ] = None,
     target_leakage: Annotated[float, typer.Option(help="Leakage that the recommended noise is to leave.")] = 0.5,
     seed: SeedOption = 0,
+    relu_width: ReluWidthOption = RELU_WIDTH,
     output: Annotated[Path, typer.Option("--output", "-o", dir_okay=False, help="Where to write the picture.")] = Path(
         "picture.png"
     ),
@@ -57,6 +60,7 @@ def picture(
             image=image,
             target_leakage=target_leakage,
             seed=seed,
+            relu_width=relu_width,
             **({"noise_stds": tuple(noise)} if noise else {}),
             **({"prune": tuple(prune)} if prune else {}),
         )

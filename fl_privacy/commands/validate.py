@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from fl_privacy.audit.settings import RELU_WIDTH
 from fl_privacy.commands.options import (
     DataRootOption,
     DatasetOption,
@@ -16,6 +17,7 @@ from fl_privacy.commands.options import (
     InitializationOption,
     ModelOption,
     NoiseOption,
+    ReluWidthOption,
     SeedOption,
 )
 from fl_privacy.commands.progress import print_json, progress_bar, result_console, user_errors
@@ -49,6 +51,7 @@ def validate(
     images_at_once: Annotated[int, typer.Option(help="Images that are attacked side by side.")] = 10,
     hops: Annotated[int, typer.Option(help="Most restarts of gauss-newton where it has not converged.")] = 4,
     seed: SeedOption = 0,
+    relu_width: ReluWidthOption = RELU_WIDTH,
     device: DeviceOption = "cpu",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the CSV and the figure.")] = Path(
         "runs/validation"
@@ -77,6 +80,7 @@ def validate(
             images_at_once=images_at_once,
             hops=hops,
             seed=seed,
+            relu_width=relu_width,
             device=device,
             **({"noise_stds": tuple(noise)} if noise else {}),  # type: ignore[arg-type]
         )

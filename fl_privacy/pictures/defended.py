@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fl_privacy.attacks import GaussianPrior, GaussNewton, rmse
+from fl_privacy.attacks import Attack, GaussianPrior, GaussNewton, rmse
 from fl_privacy.attacks.mechanisms import AddedNoise, Mechanism, NoDefence, Pruning
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.influence.jacobian import UpdateJacobian
@@ -18,7 +18,7 @@ from fl_privacy.influence.spectrum import Spectrum, estimate_spectrum
 from fl_privacy.pictures.rebuilding import Panel, Picture, SharedUpdate, rebuild
 from fl_privacy.reference.initialization import Initialization
 from fl_privacy.studies.scene import Scene, SceneSettings
-from fl_privacy.studies.settings import Settings, option
+from fl_privacy.studies.settings import Settings, option, relu_width_option
 
 _MAX_STEPS = 1024
 """Lanczos steps for a draw of shaped noise: all there is of images of up to 32×32 grey pixels."""
@@ -37,13 +37,18 @@ class PictureSettings(Settings):
     prune: tuple[float, ...] = option((0.9,), "Shares of the gradient's entries that are pruned away.", above=0)
     target_leakage: float = option(0.5, "Leakage that the recommended noise leaves.", above=0)
     seed: int = option(0, "Of initialization and noise.", minimum=0)
+    relu_width: float = relu_width_option()
 
 
-def defended_picture(settings: PictureSettings) -> Picture:
+def defended_picture(settings: PictureSettings, *, attack: Attack | None = None) -> Picture:
     """Returns the image, what an attacker rebuilds of its gradient as it is, and what of it behind each defence.
 
     The attacker knows model, label and mechanism, of shaped noise the covariance too, and holds a prior from 2,000
     images of the training set.
+
+    Args:
+        settings: Which image, and what is done to its gradient.
+        attack: Who rebuilds. Default: `GaussNewton()`.
 
     Raises:
         InvalidInputError: There is no such image, or the target is not below 1.
@@ -51,6 +56,7 @@ def defended_picture(settings: PictureSettings) -> Picture:
     """
     if settings.target_leakage >= 1:
         raise InvalidInputError(f"expected a target leakage below 1, got {settings.target_leakage}")
+    attack = attack or GaussNewton()
     scene = Scene.of(
         SceneSettings(
             dataset=settings.dataset,
@@ -59,6 +65,7 @@ def defended_picture(settings: PictureSettings) -> Picture:
             initialization=settings.initialization,
             num_images=settings.image + 1,
             seed=settings.seed,
+            relu_width=settings.relu_width,
         )
     )
     jacobian = scene.jacobian([settings.image])
@@ -74,20 +81,34 @@ def defended_picture(settings: PictureSettings) -> Picture:
         isotropic = float(law.isotropic_std[0])
         mechanisms.append((f"isotropic for {settings.target_leakage:.0%}", AddedNoise(std=isotropic)))
     generator = torch.Generator().manual_seed(settings.seed)
-    update = jacobian.update()
+    update = scene.gradients([settings.image])
     versions = []
     for name, mechanism in mechanisms:
         shared = mechanism.apply(update, generator)
         versions.append(SharedUpdate(name, shared[0], mechanism.noise(shared)))
     images, labels = scene.images[settings.image], scene.labels[settings.image]
-    picture = rebuild(scene.update, scene.params, images, labels, versions, prior=scene.prior)
+    picture = rebuild(
+        scene.update,
+        scene.params,
+        images,
+        labels,
+        versions,
+        prior=scene.prior,
+        attack=attack,
+        relu_width=scene.relu_width,
+    )
     if not recommended:
         return picture
-    return replace(picture, panels=(*picture.panels, _shaped(settings, scene, jacobian, spectrum, law)))
+    return replace(picture, panels=(*picture.panels, _shaped(settings, attack, scene, jacobian, spectrum, law)))
 
 
 def _shaped(
-    settings: PictureSettings, scene: Scene, jacobian: UpdateJacobian, spectrum: Spectrum, law: NoiseRecommendation
+    settings: PictureSettings,
+    attack: Attack,
+    scene: Scene,
+    jacobian: UpdateJacobian,
+    spectrum: Spectrum,
+    law: NoiseRecommendation,
 ) -> Panel:
     """The panel of u(x + a): the attacker rebuilds x + a, and takes the posterior mean of x given that."""
     tau, truth = scene.prior.std, scene.images[[settings.image]]
@@ -97,11 +118,11 @@ def _shaped(
         """τ²/(τ² + s²), s² = h(λ) as it was drawn."""
         return tau**2 / (tau**2 + drawn.variance(law, nodes))
 
-    shared = jacobian.shifted(drawn.noise).update()
+    shared = scene.own_jacobian([settings.image]).shifted(drawn.noise).update()
     exact = NoDefence().noise(shared)
     wide = GaussianPrior(scene.prior.mean, (tau**2 + float(drawn.noise.square().mean())) ** 0.5)
     problem = replace(scene.problem([settings.image], shared, 1.0), prior=wide, noise=exact)
-    found = GaussNewton().run(problem)
+    found = attack.run(problem)
     mean = wide.start(1, 1)
     rebuilt = (mean + function_of_gram(jacobian, share, found.inputs.flatten(1) - mean, _MAX_STEPS)).reshape(
         truth.shape

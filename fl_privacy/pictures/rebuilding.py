@@ -100,6 +100,7 @@ def rebuild(
     example: int = 0,
     prior: GaussianPrior,
     attack: Attack | None = None,
+    relu_width: float = RELU_WIDTH,
 ) -> Picture:
     """Returns what is rebuilt of one example from each version of the update, the rest of its batch being known.
 
@@ -112,6 +113,7 @@ def rebuild(
         example: Index of the private example.
         prior: What the attacker believes of it, in the dtype of the inputs.
         attack: Who rebuilds. Default: `GaussNewton()`.
+        relu_width: Of the ReLUs in predictions, as `AuditSettings.relu_width`.
 
     Raises:
         InvalidInputError: There is no version or no such example.
@@ -121,7 +123,7 @@ def rebuild(
             f"expected at least one version and an example in [0, {len(inputs)}), got {len(versions)} and {example}"
         )
     private = torch.tensor([example], device=inputs.device)
-    smooth = rounded_off(update, RELU_WIDTH)  # as audits predict
+    smooth = rounded_off(update, relu_width)
     jacobian = UpdateJacobian(smooth, params, inputs[None], labels[None], private=private)
     truth = inputs[example][None, None]
     panels = []
@@ -206,6 +208,7 @@ def rebuild_client(
         example=example,
         prior=prior.to(dtype, where),
         attack=attack,
+        relu_width=context.settings.relu_width,
     )
 
 

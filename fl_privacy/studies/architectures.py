@@ -22,7 +22,7 @@ from fl_privacy.influence.spectrum import estimate_spectrum
 from fl_privacy.reference.initialization import Initialization
 from fl_privacy.studies.results import Portion
 from fl_privacy.studies.scene import Scene, SceneSettings, groups
-from fl_privacy.studies.settings import Settings, device_option, option
+from fl_privacy.studies.settings import Settings, device_option, option, relu_width_option
 from fl_privacy.studies.study import Study, Summary, rank_correlation
 from fl_privacy.validation.summary import BEATEN
 
@@ -62,6 +62,7 @@ class ArchitecturesSettings(Settings):
     dgl_steps: int = option(300, "Steps of L-BFGS.", minimum=1)
     inverting_steps: int = option(500, "Steps of each of the two starts of inverting-gradients.", minimum=1)
     seed: int = option(0, "Of initialization, noise and starts.", minimum=0)
+    relu_width: float = relu_width_option()
     device: str = device_option()
 
 
@@ -123,7 +124,7 @@ def _rows(settings: ArchitecturesSettings, model: str, group: list[int], level: 
     predicted = spectrum.rmse(noise_std, tau)
     shift = influence(jacobian, noise, ridge=ridge, max_steps=min(2 * jacobian.input_dim, 1024))
     bound = influence_lower_bound(jacobian, noise) / root
-    problem = scene.problem(group, jacobian.update() + noise, noise_std)
+    problem = scene.problem(group, scene.gradients(group) + noise, noise_std)
     for name, attack in _attacks(settings).items():
         rebuilt = attack.run(problem)
         errors = scene.errors(group, rebuilt.inputs)
@@ -160,6 +161,7 @@ def _scene_settings(settings: ArchitecturesSettings, model: str) -> SceneSetting
         initialization=initialization_of(model),
         num_images=settings.num_images,
         seed=settings.seed,
+        relu_width=settings.relu_width,
         device=settings.device,
     )
 

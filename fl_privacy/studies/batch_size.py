@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from fl_privacy.influence.jacobian import UpdateJacobian
+from fl_privacy.influence.rounding import rounded_off
 from fl_privacy.influence.spectrum import estimate_spectrum
 from fl_privacy.influence.training import LocalTrainingUpdate
 from fl_privacy.studies.results import Portion
@@ -87,15 +88,16 @@ def _rows(
     others = settings.num_images + torch.arange(batch_size - 1)
     members = torch.cat([leaders, others.expand(settings.num_images, -1)], dim=1)
     update = LocalTrainingUpdate(scene.update.model, scene.update.loss, lr=settings.lr, steps=local_steps)
+    inputs, labels = scene.images[members, 0], scene.labels[members, 0]
     jacobian = UpdateJacobian(
-        update,
+        rounded_off(update, settings.relu_width),
         scene.params,
-        scene.images[members, 0],
-        scene.labels[members, 0],
+        inputs,
+        labels,
         private=scene.labels.new_zeros(settings.num_images) if unit == "example" else None,
     )
     tau, lr = scene.prior.std, settings.lr
-    norm = jacobian.update().norm(dim=1)
+    norm = UpdateJacobian(update, scene.params, inputs, labels).update().norm(dim=1)
     ridge = (lr * settings.noise_std / tau) ** 2
     spectrum = estimate_spectrum(jacobian, max_steps=settings.max_steps, ridge=ridge, seed=settings.seed)
     leakage = spectrum.leakage(lr * settings.noise_std, tau)

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from fl_privacy.attacks import GaussianPrior
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.influence.jacobian import UpdateJacobian
+from fl_privacy.influence.rounding import rounded_off
 from fl_privacy.influence.spectrum import estimate_spectrum
 from fl_privacy.influence.update import GradientUpdate
 from fl_privacy.reference import DATASETS, load_dataset
 from fl_privacy.reference.initialization import INITIALIZATIONS, initialize_
 from fl_privacy.studies.results import Progress
-from fl_privacy.studies.settings import Settings, option
+from fl_privacy.studies.settings import Settings, option, relu_width_option
 
 Range = tuple[float, float, float]
 """Least, median, most."""
@@ -37,6 +38,7 @@ class ComparisonSettings(Settings):
     num_draws: int = option(3, "Draws of each initialization.", minimum=1)
     seed: int = option(0, "Of the first draw.", minimum=0)
     max_steps: int = option(128, "Lanczos steps per probe, where the spectrum is sampled.", minimum=1)
+    relu_width: float = relu_width_option()
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,12 +171,13 @@ def _exposed(model: nn.Module, examples: Examples, settings: ComparisonSettings)
     """Gradient norm, leakage and required noise of the examples, `[3, n]`."""
     params = {name: p.detach().double() for name, p in model.named_parameters()}
     inputs, labels = examples.inputs[: settings.num_examples, None], examples.labels[: settings.num_examples, None]
-    jacobian = UpdateJacobian(GradientUpdate(model.double(), nn.CrossEntropyLoss()), params, inputs, labels)
-    tau = examples.prior.std
+    update, tau = GradientUpdate(model.double(), nn.CrossEntropyLoss()), examples.prior.std
+    jacobian = UpdateJacobian(rounded_off(update, settings.relu_width), params, inputs, labels)
     spectrum = estimate_spectrum(jacobian, max_steps=settings.max_steps, seed=settings.seed)
     leakage = spectrum.leakage(settings.noise_std, tau).value
     required = spectrum.required_noise_std(settings.target_leakage, tau)
-    return torch.stack([jacobian.update().norm(dim=1), leakage, required])
+    norm = UpdateJacobian(update, params, inputs, labels).update().norm(dim=1)
+    return torch.stack([norm, leakage, required])
 
 
 def _range(values: Tensor) -> Range:

@@ -101,7 +101,7 @@ def _rows(
     ridge = (noise_std / tau) ** 2
     attacker = GaussNewton(tolerance=1e-5, max_products=2 * jacobian.input_dim, hops=0)
     group = [image] * len(ranks)
-    attack = attacker.run(scene.problem(group, repeated.update() + delta, noise_std))
+    attack = attacker.run(scene.problem(group, scene.gradients(group) + delta, noise_std))
     errors = (attack.inputs - scene.images[group]).flatten(1)
     lengths = errors.norm(dim=1)
     shift = norm * eigenvalues.sqrt() / (eigenvalues + ridge)

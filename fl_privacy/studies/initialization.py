@@ -80,12 +80,13 @@ def _rows(settings: InitializationSettings, name: Initialization, draw: int) -> 
             initialization=name,
             num_images=settings.num_images,
             seed=settings.seed + draw,
+            relu_width=settings.relu_width,
             device=settings.device,
         )
     )
     group, noise_std, tau = list(range(settings.num_images)), settings.noise_std, scene.prior.std
     jacobian = scene.jacobian(group)
-    clean = jacobian.update()
+    clean = scene.gradients(group)
     norm = clean.norm(dim=1)
     spectrum = estimate_spectrum(jacobian, max_steps=256)
     leakage, predicted = spectrum.leakage(noise_std, tau).value, spectrum.rmse(noise_std, tau).value

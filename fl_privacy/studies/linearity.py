@@ -97,7 +97,7 @@ def _portions(settings: LinearitySettings) -> Iterator[Portion[LinearityRow]]:
 
 def _rows(settings: LinearitySettings, name: str, scene: Scene, linear: Scene) -> Iterator[LinearityRow]:
     for image in range(settings.num_images):
-        jacobian, taken = scene.jacobian([image]), linear.jacobian([image])
+        jacobian, taken = scene.own_jacobian([image]), linear.own_jacobian([image])
         for shift, direction in zip(settings.shifts, _directions(settings, scene, taken, image), strict=True):
             ratio = float(change_ratio(jacobian, shift * direction, linear=taken))
             yield LinearityRow(model=name, image=image, shift=shift, prior_std=scene.prior.std, ratio=ratio)

@@ -21,12 +21,10 @@ from torch import Tensor
 
 from fl_privacy.attacks import GaussianPrior, GaussNewton, InputDenoising, IsotropicNoise, Noise
 from fl_privacy.attacks.image_prior import Denoiser, denoised
-from fl_privacy.audit.settings import RELU_WIDTH
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.influence.i2f import influence
 from fl_privacy.influence.lanczos import function_of_gram
 from fl_privacy.influence.recommendation import NoiseRecommendation, recommend_noise
-from fl_privacy.influence.rounding import rounded_off
 from fl_privacy.influence.sampling import draw_input_noise
 from fl_privacy.influence.spectrum import Spectrum, dense_gram, estimate_spectrum
 from fl_privacy.studies.defences import EXACT, Defence, DenseScene
@@ -67,11 +65,6 @@ class NoiseSettings(SceneSettings):
     num_probes: int = option(4, "Probes of the spectrum.", minimum=1)
     max_steps: int = option(256, "Lanczos steps per probe.", minimum=1)
     draw_steps: int = option(1024, "Lanczos steps per draw of shaped noise.", minimum=1)
-    relu_width: float = option(
-        RELU_WIDTH,
-        "Width of rounded ReLUs for J, as an audit takes it; 0: the network's own J.",
-        minimum=0,
-    )
     hops: int = option(1, "Most restarts of Gauss-Newton on noisy inputs.", minimum=0)
 
 
@@ -133,8 +126,7 @@ class _Unit:
 
     def __init__(self, settings: NoiseSettings, scene: Scene, image: int) -> None:
         self.settings, self.scene, self.image = settings, scene, image
-        self.own = scene.jacobian([image])
-        self.jacobian = replace(scene, update=rounded_off(scene.update, settings.relu_width)).jacobian([image])
+        self.own, self.jacobian = scene.own_jacobian([image]), scene.jacobian([image])
         self.update = self.own.update()[0]
         self.x = self.jacobian.private_inputs
         self.mu = scene.prior.start(1, 1)

@@ -31,11 +31,12 @@ from fl_privacy.influence.jacobian import UpdateJacobian
 from fl_privacy.influence.operators import GramSum, MeanGram
 from fl_privacy.influence.quadrature import eigenvalue_rule
 from fl_privacy.influence.recommendation import recommend_noise
+from fl_privacy.influence.rounding import rounded_off
 from fl_privacy.influence.spectrum import Spectrum, dense_gram, estimate_spectrum
 from fl_privacy.influence.update import GradientUpdate
 from fl_privacy.reference import build_model, load_dataset
 from fl_privacy.studies.results import Portion
-from fl_privacy.studies.settings import Settings, option
+from fl_privacy.studies.settings import Settings, option, relu_width_option
 from fl_privacy.studies.study import Study, Summary
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class AccuracySettings(Settings):
     num_audited: int = option(4, "Examples whose leakage over the run is followed.", minimum=1)
     checkpoints: int = option(10, "Rounds at which it is followed; those between are interpolated.", minimum=2)
     num_seeds: int = option(3, "Repetitions of noise and initialization.", minimum=1)
+    relu_width: float = relu_width_option()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +148,8 @@ class _Federation:
 
     def jacobian(self, params: dict[str, Tensor], x: Tensor, y: Tensor) -> UpdateJacobian:
         """Of the gradients of single examples."""
-        return UpdateJacobian(GradientUpdate(self.model, nn.CrossEntropyLoss()), params, x[:, None], y[:, None])
+        update = rounded_off(GradientUpdate(self.model, nn.CrossEntropyLoss()), self.settings.relu_width)
+        return UpdateJacobian(update, params, x[:, None], y[:, None])
 
     @cached_property
     def public_law(self) -> tuple[Spectrum, Tensor, Tensor]:

@@ -26,7 +26,6 @@ from fl_privacy.audit.claims import find_traces
 from fl_privacy.audit.estimate import Source
 from fl_privacy.audit.proxy import ObservedUpdate, PublicJacobians
 from fl_privacy.audit.public import UpdateTask
-from fl_privacy.audit.settings import RELU_WIDTH
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.influence.jacobian import UpdateJacobian
 from fl_privacy.influence.rounding import rounded_off
@@ -143,7 +142,7 @@ def _rows(
 ) -> Iterator[ProxyRow]:
     stage = stage_after(steps)
     if not known:
-        gradient = rounded_off(GradientUpdate(stage.model, nn.CrossEntropyLoss()), RELU_WIDTH)
+        gradient = rounded_off(GradientUpdate(stage.model, nn.CrossEntropyLoss()), settings.relu_width)
         known.append(PublicJacobians.of(gradient, stage.params, scene.images[:, 0], scene.labels[:, 0]))
     update = _client_update(settings, stage.model, size)
     images, labels = scene.select(private, slice(0, settings.num_images * size))
@@ -199,7 +198,7 @@ def _required(
     examples = min(size, _MOST_EXAMPLES)
     client_of = torch.arange(clients, device=labels.device).repeat_interleave(examples)
     private = torch.arange(examples, device=labels.device).repeat(clients)
-    smooth = rounded_off(update, RELU_WIDTH)  # as an audit takes it
+    smooth = rounded_off(update, settings.relu_width)
     jacobian = UpdateJacobian(smooth, params, images[client_of], labels[client_of], private=private)
     required = estimate_spectrum(jacobian).required_noise_std(settings.target_leakage, scene.prior.std)
     return required.reshape(clients, examples).amax(1)

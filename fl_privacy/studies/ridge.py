@@ -78,7 +78,7 @@ def _rows(settings: RidgeSettings, scene: Scene, group: list[int], level: int) -
     noise_std, tau = settings.noise_stds[level], scene.prior.std
     jacobian = scene.jacobian(group)
     noise = noise_std * scene.noise(group, level)
-    attack = GaussNewton().run(scene.problem(group, jacobian.update() + noise, noise_std))
+    attack = GaussNewton().run(scene.problem(group, scene.gradients(group) + noise, noise_std))
     errors = scene.errors(group, attack.inputs)
     calibrated = (noise_std / tau) ** 2
     dim = jacobian.input_dim

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from fl_privacy.attacks import AttackProblem, GaussianPrior, IsotropicNoise
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.influence.jacobian import UpdateJacobian
+from fl_privacy.influence.rounding import rounded_off
 from fl_privacy.influence.update import GradientUpdate
 from fl_privacy.reference import ImageSet, build_model, load_dataset
 from fl_privacy.reference.initialization import Initialization, initialize_
-from fl_privacy.studies.settings import Settings, device_option, option
+from fl_privacy.studies.settings import Settings, device_option, option, relu_width_option
 
 PUBLIC_IMAGES = 2000
 """Images of the training set that an attacker's prior is made from."""
@@ -29,6 +30,7 @@ class ImageSettings(Settings):
     model: str = option("lenet", "linear, mlp, lenet, digitsnet, resnet8, resnet18 or vit.")
     num_images: int = option(10, "Images, the first of the test set.", minimum=1)
     seed: int = option(0, "Of initialization and noise.", minimum=0)
+    relu_width: float = relu_width_option()
     device: str = device_option()
 
 
@@ -52,6 +54,7 @@ class Scene:
         labels: `[n, 1]`.
         prior: From images of the training set, white unless asked otherwise.
         seed: Of the noise.
+        relu_width: Of the ReLUs in J, as audits have it; what is shared and attacked is of the network as it is.
     """
 
     update: GradientUpdate
@@ -60,6 +63,7 @@ class Scene:
     labels: Tensor
     prior: GaussianPrior
     seed: int
+    relu_width: float
 
     @classmethod
     def of(
@@ -101,6 +105,7 @@ class Scene:
             labels=labels.to(device)[:, None],
             prior=prior.to(torch.float64, device),
             seed=settings.seed,
+            relu_width=settings.relu_width,
         )
 
     @property
@@ -119,8 +124,19 @@ class Scene:
         return images.to(self.device), labels.to(self.device)
 
     def jacobian(self, group: Sequence[int]) -> UpdateJacobian:
-        """Returns J at some of the images."""
-        return UpdateJacobian(self.update, self.params, self.images[group], self.labels[group])
+        """Returns J at some of the images as an audit takes it, with the ReLUs rounded off: for predictions."""
+        return self._jacobian(rounded_off(self.update, self.relu_width), group)
+
+    def own_jacobian(self, group: Sequence[int]) -> UpdateJacobian:
+        """Returns J at some of the images of the network as it is: for what changes and what is attacked."""
+        return self._jacobian(self.update, group)
+
+    def gradients(self, group: Sequence[int]) -> Tensor:
+        """Returns what is shared of some of the images but for noise, `[U, P]`."""
+        return self.own_jacobian(group).update()
+
+    def _jacobian(self, update: GradientUpdate, group: Sequence[int]) -> UpdateJacobian:
+        return UpdateJacobian(update, self.params, self.images[group], self.labels[group])
 
     def problem(self, group: Sequence[int], shared: Tensor, noise_std: float) -> AttackProblem:
         """Returns what an attacker holds who sees the noisy gradients `[U, P]` of some of the images."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from fl_privacy.audit.settings import RELU_WIDTH
 from fl_privacy.errors import InvalidInputError
 
 T = TypeVar("T")
@@ -38,6 +39,13 @@ def option(
 def device_option(*, recorded: bool = False) -> str:
     """Returns the field that says where tensors are; rounding aside, seconds are all that depends on it."""
     return option("cpu", "Where to compute: cpu, cuda, cuda:1 or whatever torch can use here.", recorded=recorded)
+
+
+def relu_width_option() -> float:
+    """Returns the field that says whose J predictions take; attacks are on the network as it is."""
+    return option(
+        RELU_WIDTH, "Width of rounded ReLUs in predictions, as audits have it; 0: the network's own J.", minimum=0
+    )
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def _portions(settings: TimeSettings) -> Iterator[Portion[TimeRow]]:
 def _rows(settings: TimeSettings, scene: Scene, image: int) -> list[TimeRow]:
     """Returns all of an image's rows at once: those of a stopped run are not set beside another's."""
     noise = settings.noise_std * scene.noise([image], 0)
-    problem = scene.problem([image], scene.jacobian([image]).update() + noise, settings.noise_std)
+    problem = scene.problem([image], scene.gradients([image]) + noise, settings.noise_std)
     seconds = partial(_seconds, scene.device)
     seconds(lambda: scene.jacobian([image]).gram(problem.start()))  # what a first use sets up is not timed
     rows = []

@@ -100,9 +100,9 @@ def _rows(
 ) -> Iterator[TrainingRow]:
     params, tau = params_after(number), scene.prior.std
     at_round = dataclasses.replace(scene, params=params)
-    jacobian = at_round.jacobian(list(range(settings.num_images)))
-    norm = jacobian.update().norm(dim=1)
-    spectrum = estimate_spectrum(jacobian, max_steps=256)
+    group = list(range(settings.num_images))
+    norm = at_round.gradients(group).norm(dim=1)
+    spectrum = estimate_spectrum(at_round.jacobian(group), max_steps=256)
     leakage = spectrum.leakage(settings.noise_std, tau).value
     relative = spectrum.leakage(settings.relative_noise * norm, tau).value
     required = spectrum.required_noise_std(settings.target_leakage, tau)

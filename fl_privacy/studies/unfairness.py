@@ -63,7 +63,7 @@ def _portions(settings: UnfairnessSettings) -> Iterator[Portion[UnfairnessRow]]:
 def _rows(settings: UnfairnessSettings, scene: Scene, group: list[int]) -> Iterator[UnfairnessRow]:
     noise_std, tau = settings.noise_std, scene.prior.std
     jacobian = scene.jacobian(group)
-    clean = jacobian.update()
+    clean = scene.gradients(group)
     spectrum = estimate_spectrum(jacobian, max_steps=256, ridge=(noise_std / tau) ** 2)
     leakage, predicted = spectrum.leakage(noise_std, tau).value, spectrum.rmse(noise_std, tau).value
     required = spectrum.required_noise_std(settings.target_leakage, tau)

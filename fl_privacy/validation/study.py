@@ -186,7 +186,7 @@ def _rows(
         prior=prior,
     )
     biases = own_bias(jacobian, prior, settings.noise_stds, max_steps=settings.max_steps)
-    clean = jacobian.update()
+    clean = scene.gradients(group)
     attacked = scene.to(getattr(torch, settings.precision))
     for level, noise_std in enumerate(settings.noise_stds):
         noise = noise_std * scene.noise(group, level)

@@ -10,7 +10,9 @@ from matplotlib.image import imread
 from PIL import Image
 from typer.testing import CliRunner
 
+from fl_privacy.attacks import GaussNewton
 from fl_privacy.cli import app
+from fl_privacy.pictures.defended import PictureSettings, defended_picture
 
 
 def invoke(*arguments):
@@ -60,6 +62,16 @@ def test_images_too_large_for_an_exact_spectrum_are_drawn_behind_shaped_noise_to
     assert shaped["name"] == "shaped for 50%"
     assert 0.4 < shaped["leakage"] <= 0.5 + 1e-9
     assert 0.7 < shaped["reached"] / shaped["predicted"] < 1.3
+
+
+def test_behind_relus_the_recommended_noise_is_that_of_its_prediction():
+    settings = PictureSettings(model="resnet8", initialization="default", noise_stds=(1e-2,), prune=(0.5,))
+    drawn = defended_picture(
+        settings, attack=GaussNewton(max_steps=1, max_products=8, rounded_steps=(), rounding=(), hops=0)
+    )
+    panels = {panel.name: panel for panel in drawn.panels}
+    assert panels["isotropic for 50%"].leakage == pytest.approx(0.5, abs=0.01)
+    assert 0.4 < panels["shaped for 50%"].leakage <= 0.5 + 1e-9
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,9 @@ from torch import nn
 def small():
     return nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.Tanh(), nn.Linear(6, 3))
 
+def kinked():
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 3))
+
 def nothing():
     return 7
 """
@@ -89,6 +92,20 @@ class TestCompareInits:
         found = json.loads(CliRunner().invoke(app, ["compare-inits", *arguments, "--json"]).stdout)
         assert found[0]["initialization"] == "normal"
         assert all(entry["required"] == sorted(entry["required"]) for entry in found)
+
+    def test_behind_relus_it_is_the_j_of_an_audit(self, folder):
+        """Which knows of the jumps, and asks for more noise; gradients have the length that they have."""
+        arguments = ["users_model:kinked", "--data", "data.npz", "--num-examples", "4", "--num-draws", "2", "--json"]
+        found = {}
+        for width in ("0", "0.15"):
+            outcome = CliRunner().invoke(app, ["compare-inits", *arguments, "--relu-width", width])
+            assert outcome.exit_code == 0, outcome.output
+            found[width] = {entry["initialization"]: entry for entry in json.loads(outcome.stdout)}
+        default = json.loads(CliRunner().invoke(app, ["compare-inits", *arguments]).stdout)
+        assert {entry["initialization"]: entry for entry in default} == found["0.15"]
+        for name in INITIALIZATIONS:
+            assert found["0.15"][name]["gradient_norm"] == found["0"][name]["gradient_norm"]
+            assert found["0.15"][name]["required"][1] > found["0"][name]["required"][1]
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

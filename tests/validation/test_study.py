@@ -9,8 +9,11 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from fl_privacy.attacks import GaussNewton
+from fl_privacy.attacks import LBFGS, GaussNewton, deep_leakage
+from fl_privacy.audit.settings import AuditSettings
 from fl_privacy.errors import InvalidInputError
+from fl_privacy.influence.rounding import rounded_off
+from fl_privacy.influence.spectrum import dense_gram
 from fl_privacy.studies.results import read_rows
 from fl_privacy.studies.scene import Scene
 from fl_privacy.validation import (
@@ -271,6 +274,37 @@ RUNS = [
     row(0, 0.2, 3.0, 7.0, attack="a"),
     row(0, 0.2, 3.0, 8.0, attack="b"),
 ]
+
+
+RELUS = ValidationSettings(model="resnet8", initialization="default", num_images=1, noise_stds=(1e-3,))
+
+
+@pytest.fixture(scope="module")
+def by_width(tmp_path_factory):
+    """The row of a ResNet for each width of its ReLUs, `None` being the default."""
+    folder, attack = tmp_path_factory.mktemp("relus"), deep_leakage(optimizer=LBFGS(steps=2))
+    found = {}
+    for width in (None, 0.0):
+        settings = RELUS if width is None else dataclasses.replace(RELUS, relu_width=width)
+        (found[width],) = run_validation(settings, {"dgl": attack}, folder / f"{width}.csv")
+    return found
+
+
+class TestReLUs:
+    """Predictions are those of an audit, and what is attacked is the network as it is."""
+
+    @pytest.mark.parametrize("width", [None, 0.0])
+    def test_the_prediction_is_that_of_the_dense_jacobian(self, by_width, width):
+        scene = Scene.of(RELUS)
+        smooth = rounded_off(scene.update, AuditSettings().relu_width if width is None else width)
+        gram = dense_gram(dataclasses.replace(scene, update=smooth).own_jacobian([0]), 0)
+        ridge = (1e-3 / scene.prior.std) ** 2
+        shrunk = ridge / (torch.linalg.eigvalsh(gram).clamp(min=0) + ridge)
+        assert by_width[width].predicted == pytest.approx(scene.prior.std * math.sqrt(shrunk.mean()), rel=1e-6)
+
+    def test_rounding_predicts_less_error_and_changes_nothing_for_the_attack(self, by_width):
+        assert by_width[None].predicted < 0.8 * by_width[0.0].predicted
+        assert by_width[None].error == by_width[0.0].error
 
 
 def drawn(rows):
