@@ -49,7 +49,7 @@ def saved_bytes(update: UpdateMap, params: Mapping[str, Tensor], inputs: Tensor,
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         held[storage._cdata] = storage
-        return tensor
+        return tensor.detach()  # the tensor itself would keep its graph alive, which would keep the tensor
 
     theta = update.layout.flatten(params).expand(len(inputs), -1)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import nn
 
-from fl_privacy import GradientUpdate, LocalTrainingUpdate
+from fl_privacy import GradientUpdate, LocalTrainingUpdate, UpdateJacobian
 from fl_privacy.influence.memory import graph_bytes, saved_bytes
 from fl_privacy.reference import build_model
 
@@ -81,3 +83,21 @@ def test_of_several_steps_the_largest_counts_also_where_it_names_examples_again(
     whole = GradientUpdate(model, nn.CrossEntropyLoss())
     expected = saved_bytes(whole, params, inputs.repeat(1, 4, 1, 1, 1), labels.repeat(1, 4))
     assert graph_bytes(training, params, inputs, labels) == pytest.approx(expected, rel=0.02)
+
+
+def test_a_measured_graph_is_let_go() -> None:
+    """A tensor that is kept for a node which made it would keep the node, and with it all of the graph, for good."""
+    model = build_model("lenet", input_shape=SHAPE, num_classes=CLASSES)
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    x, y = torch.rand(2, 1, *SHAPE), torch.zeros(2, 1, dtype=torch.long)
+    update = GradientUpdate(model, nn.CrossEntropyLoss())
+
+    def alive() -> int:
+        gc.collect()
+        return sum(type(item) is torch.Tensor for item in gc.get_objects())
+
+    UpdateJacobian(update, params, x, y).update()  # what a first use sets up stays
+    before = alive()
+    assert saved_bytes(update, params, x, y) > 0
+    UpdateJacobian(update, params, x, y).update()
+    assert alive() == before
