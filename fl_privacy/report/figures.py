@@ -13,6 +13,7 @@ import numpy as np
 from fl_privacy.audit.estimate import LeakageEstimate
 from fl_privacy.extras import require
 from fl_privacy.report.history import RunHistory
+from fl_privacy.ticks import plain_ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -149,7 +150,7 @@ def noise_figure(row: LeakageEstimate) -> str | None:
             if seen and curve.noise_std[0] <= seen <= curve.noise_std[-1]:
                 height = interpolated(curve.noise_std, curve.value if of_leakage else curve.rmse(prior or 0.0), seen)
                 axes.plot([seen], [height], color=_THIRD, marker="o", linestyle="", label="observed")
-            _plain_ticks(axes.xaxis)
+            plain_ticks(axes.xaxis, extra="report")
         left.legend(loc="lower left")
         return _svg(figure)
 
@@ -173,7 +174,7 @@ def classes_figure(rows: Sequence[LeakageEstimate]) -> str | None:
             axes.plot(place + spread, shown, color=_FIRST, marker="o", markersize=3, alpha=0.6, linestyle="")
             axes.plot([place - 0.35, place + 0.35], [np.median(values)] * 2, color=_SECOND, linewidth=2.5)
         axes.set(yscale="log", ylabel="noise needed", xlabel="class, the most exposed first; bar: median")
-        _plain_ticks(axes.yaxis)
+        plain_ticks(axes.yaxis, extra="report")
         axes.set_xticks(range(len(labels)), [str(label) for label in labels])
         axes.xaxis.grid(visible=False)
         return _svg(figure)
@@ -218,13 +219,6 @@ def _marker(points: Sequence[int] | np.ndarray[Any, Any], marker: str) -> str:
 def _whole_ticks(axis: Axis) -> None:
     ticker: Any = require("matplotlib.ticker", extra="report")
     axis.set_major_locator(ticker.MaxNLocator(integer=True))
-
-
-def _plain_ticks(axis: Axis) -> None:
-    """Labels the powers of ten of a logarithmic axis by plain numbers."""
-    ticker: Any = require("matplotlib.ticker", extra="report")
-    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def interpolated(noise: Sequence[float], values: Sequence[float], where: float) -> float:

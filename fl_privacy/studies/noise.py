@@ -31,7 +31,8 @@ from fl_privacy.studies.defences import EXACT, Defence, DenseScene
 from fl_privacy.studies.results import Portion
 from fl_privacy.studies.scene import Scene, SceneSettings
 from fl_privacy.studies.settings import option
-from fl_privacy.studies.study import Study, Summary, plain_ticks
+from fl_privacy.studies.study import Study, Summary
+from fl_privacy.ticks import plain_ticks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,7 +14,6 @@ from fl_privacy.studies.results import Portion, Progress, R, fill
 from fl_privacy.studies.settings import Settings, claim_folder
 
 if TYPE_CHECKING:
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 S = TypeVar("S", bound=Settings)
@@ -107,12 +106,3 @@ def save_figure(path: Path, draw: Callable[[Figure], None], *, size: tuple[float
     draw(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
-
-
-def plain_ticks(axis: Axis) -> None:
-    """Labels a logarithmic axis by plain numbers: 1, 2 and 5 of each decade, or of many decades 1 alone, as fit."""
-    ticker = require("matplotlib.ticker")
-    low, high = axis.get_view_interval()
-    axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0) if high < 500 * low else (1.0,)))
-    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(ticker.NullFormatter())

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fl_privacy.extras import require
-from fl_privacy.studies.study import plain_ticks, save_figure
+from fl_privacy.studies.study import save_figure
+from fl_privacy.ticks import plain_ticks
 from fl_privacy.validation.study import RAN, ValidationRow
 from fl_privacy.validation.summary import best_attacks, explained_runs
 

@@ -16,11 +16,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from fl_privacy.audit.curve import ExampleLeakage
 from fl_privacy.audit.estimate import Source, Status
 from fl_privacy.audit.ledger import Ledger
 from fl_privacy.cli import app
 from fl_privacy.interval import Interval
 from fl_privacy.report import read_checked_history, read_history
+from fl_privacy.report.figures import classes_figure
 from fl_privacy.report.page import _outcomes, _rounds, headline, rounds_text
 from fl_privacy.report.pictures import find_pictures
 
@@ -368,3 +370,14 @@ class TestCommand:
 def test_hostile_text_is_hostile():
     assert "<" in HOSTILE
     assert not HOSTILE.isprintable()
+
+
+@pytest.mark.parametrize("needs", [(0.02, 0.03, 0.07), (0.051, 0.052, 0.053), (1e-6, 1.0, 100.0)])
+def test_the_axis_of_noise_has_numbers_over_however_few_or_many_decades(needs):
+    examples = (
+        ExampleLeakage(index=i, label=i, leakage=0.9, required_noise_std=needed) for i, needed in enumerate(needs)
+    )
+    svg = classes_figure([audited(1, "a", 0.9, examples=tuple(examples))])
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+    numbers = [float(text) for text in texts if re.fullmatch(r"[\d.e-]+", text) and text not in ("0", "1", "2")]
+    assert sum(0.9 * needs[0] < number < 1.1 * needs[-1] for number in numbers) >= 2

@@ -1,0 +1,24 @@
+"""Ticks of logarithmic axes, for the figures of reports and of studies."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fl_privacy.extras import require
+
+if TYPE_CHECKING:
+    from matplotlib.axis import Axis
+
+
+def plain_ticks(axis: Axis, *, extra: str = "simulation") -> None:
+    """Labels a logarithmic axis by plain numbers: 1, 2 and 5 of each decade, or of many decades 1 alone, as fit.
+
+    Args:
+        axis: Whose limits are set, or its data drawn.
+        extra: The extra that installs Matplotlib for what is drawn.
+    """
+    ticker = require("matplotlib.ticker", extra=extra)
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0) if high < 500 * low else (1.0,)))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
