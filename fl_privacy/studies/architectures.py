@@ -46,6 +46,8 @@ _COLOURS: Mapping[str, str] = {"gauss-newton": "C0", "dgl": "C1", "inverting-gra
 _SIZES: Mapping[str, int] = {"inverting-gradients": 75, "dgl": 38, "gauss-newton": 12}
 """Largest first: where attacks reach the same, all are seen."""
 _IMAGES_AT_ONCE = 10
+_FEWEST_RANKED = 3
+"""Runs, below which a rank correlation says nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,11 +209,11 @@ def _summarize(settings: ArchitecturesSettings, rows: Sequence[ArchitecturesRow]
         if (of_attack := [row for row in rows if row.attack == name])
     ]
     order = ", ".join(f"{_spearman(best, x):.3f} with {label}" for x, label in _AGAINST.items())
+    order = f"; its rank correlation over all models and levels is {order}" if len(best) >= _FEWEST_RANKED else ""
     return Summary(
         f"Reached error: {'; '.join(by_attack)}. The best attack of each run is below the lower bound in "
-        f"{sum(row.error < row.lower_bound for row in best)} of {len(best)} runs; its rank correlation over all "
-        f"models and levels is {order}. Cells: medians over {settings.num_images} images, with the number of attacks "
-        "that failed.",
+        f"{sum(row.error < row.lower_bound for row in best)} of {len(best)} runs{order}. Cells: medians over "
+        f"{settings.num_images} image(s), with the number of attacks that failed.",
         ("model", "noise std", "predicted", "I²F/√D", "bound/√D", *settings.attacks),
         tuple(lines),
     )
@@ -235,8 +237,6 @@ def _reached(rows: Sequence[ArchitecturesRow]) -> str:
 
 
 def _spearman(rows: Sequence[ArchitecturesRow], quantity: str) -> float:
-    if len(rows) < 3:
-        return math.nan
     return rank_correlation([getattr(row, quantity) for row in rows], [row.error for row in rows])
 
 
