@@ -11,14 +11,17 @@ if TYPE_CHECKING:
 
 
 def plain_ticks(axis: Axis, *, extra: str = "simulation") -> None:
-    """Labels a logarithmic axis by plain numbers: 1, 2 and 5 of each decade, or of many decades 1 alone, as fit.
+    """Labels a logarithmic axis by plain numbers: 1, 2 and 5 of each decade, of many decades 1 alone, of few all alike.
 
     Args:
         axis: Whose limits are set, or its data drawn.
         extra: The extra that installs Matplotlib for what is drawn.
     """
     ticker = require("matplotlib.ticker", extra=extra)
-    low, high = axis.get_view_interval()
-    axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0) if high < 500 * low else (1.0,)))
+    low, high = sorted(axis.get_view_interval())
+    locator = ticker.LogLocator(subs=(1.0, 2.0, 5.0) if high < 500 * low else (1.0,))
+    if sum(low <= tick <= high for tick in locator.tick_values(low, high)) < 2:
+        locator = ticker.MaxNLocator(5)
+    axis.set_major_locator(locator)
     axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(ticker.NullFormatter())

@@ -372,7 +372,10 @@ def test_hostile_text_is_hostile():
     assert not HOSTILE.isprintable()
 
 
-@pytest.mark.parametrize("needs", [(0.02, 0.03, 0.07), (0.051, 0.052, 0.053), (1e-6, 1.0, 100.0)])
+@pytest.mark.parametrize(
+    "needs",
+    [(0.02, 0.03, 0.07), (0.051, 0.052, 0.053), (0.055, 0.08, 0.11), (0.01, 0.012, 0.014), (1e-6, 1.0, 100.0)],
+)
 def test_the_axis_of_noise_has_numbers_over_however_few_or_many_decades(needs):
     examples = (
         ExampleLeakage(index=i, label=i, leakage=0.9, required_noise_std=needed) for i, needed in enumerate(needs)
