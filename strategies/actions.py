@@ -124,12 +124,14 @@ class PolicyActions:
         return self._families.get(node_id, "isotropic") if family == "auto" else family
 
     def _input_advice(self, target: float) -> InputAdvice:
+        settings = self._auditor.context.settings
         return InputAdvice(
             target_leakage=target,
             covariance=self.policy.covariance,
             kept=self.policy.kept,
-            prior_std=self._auditor.context.settings.prior_std,
+            prior_std=settings.prior_std,
             shares=self.policy.shares,
+            relu_width=settings.relu_width,
         )
 
     def prepare(self, readings: Sequence[Reading], params: Mapping[str, Numbers]) -> None:

@@ -17,11 +17,12 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor, nn
 
 from fl_privacy.audit.input_noise import draw_for_examples, leakage_under, topped_up
-from fl_privacy.audit.settings import Covariance
+from fl_privacy.audit.settings import RELU_WIDTH, Covariance
 from fl_privacy.audit.task import InputShift, Numbers, example_key
 from fl_privacy.errors import InvalidInputError, RecordError
 from fl_privacy.flower.advice import taken
 from fl_privacy.flower.capture import TrainingCapture
+from fl_privacy.influence.rounding import rounded_off
 from fl_privacy.influence.update import GradientUpdate, Loss
 
 INPUT_ADVICE_KEY = "fl-privacy-input-advice"
@@ -86,6 +87,7 @@ class InputAdvice:
         kept: Whether each example keeps its noise; otherwise it is drawn in every round.
         prior_std: τ; `None`: that of the client's own inputs.
         shares: For noise that is not kept, the number of rounds that must meet the target together.
+        relu_width: Of the ReLUs in the J that shapes the noise, as the audit has it.
     """
 
     target_leakage: float
@@ -93,6 +95,7 @@ class InputAdvice:
     kept: bool = True
     prior_std: float | None = None
     shares: int = 1
+    relu_width: float = RELU_WIDTH
 
     @classmethod
     def take(cls, config: MutableMapping[str, Any]) -> InputAdvice | None:
@@ -105,7 +108,8 @@ class InputAdvice:
         if advice is None:
             return None
         known = advice.prior_std is None or (math.isfinite(advice.prior_std) and advice.prior_std > 0)
-        sound = 0 < advice.target_leakage < 1 and known and advice.shares >= 1
+        width = math.isfinite(advice.relu_width) and advice.relu_width >= 0
+        sound = 0 < advice.target_leakage < 1 and known and advice.shares >= 1 and width
         if not sound or advice.covariance not in get_args(Covariance):
             raise RecordError(f"expected advice of noise on the inputs, got {asdict(advice)!r:.200}")
         return advice
@@ -119,6 +123,7 @@ class InputAdvice:
             kept=bool(entries["kept"]),
             prior_std=None if prior_std is None else float(prior_std),
             shares=int(entries["shares"]),
+            relu_width=float(entries["relu_width"]),
         )
 
     def entries(self) -> dict[str, str]:
@@ -237,7 +242,7 @@ class InputProtection:
             return
         at = list(first.values())
         draw = draw_for_examples(
-            GradientUpdate(model, loss),
+            rounded_off(GradientUpdate(model, loss), advice.relu_width),
             {name: p.detach() for name, p in model.named_parameters()},
             inputs[at],
             labels[at],

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord
+from flwr.app import ConfigRecord, RecordDict
 from torch import nn
 
 from fl_privacy.audit import AuditSettings, Policy, Source, Status, family
@@ -16,8 +17,10 @@ from fl_privacy.audit.input_noise import draw_for_examples, leakage_under, short
 from fl_privacy.audit.task import InputShift
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.flower import InversionAuditMod, protected_inputs, record_batch, record_batches
-from fl_privacy.flower.protection import INPUT_ADVICE_KEY, InputAdvice, KeptNoise
+from fl_privacy.flower.protection import INPUT_ADVICE_KEY, InputAdvice, InputProtection, KeptNoise
 from fl_privacy.flower.records import REPORT_KEY
+from fl_privacy.influence.jacobian import DEFAULT_MEMORY_BUDGET
+from fl_privacy.influence.rounding import rounded_off
 from fl_privacy.influence.update import GradientUpdate
 from fl_privacy.strategies import InversionAudit
 
@@ -39,14 +42,14 @@ from .test_policies import PARAMETERS, TARGET, Recording, flat, rows, run
 NODES = (10, 20)
 
 
-def audit(policy, *, source="trusted", model=new_model, unit="example", target=TARGET, **options):
+def audit(policy, *, source="trusted", model=new_model, unit="example", target=TARGET, relu_width=0.15, **options):
     return InversionAudit(
         Recording(),
         model=model(),
         loss=nn.CrossEntropyLoss(),
         policy=policy,
         source=source,
-        settings=AuditSettings(max_examples=4, target_leakage=target, prior_std=1.0, unit=unit),
+        settings=AuditSettings(max_examples=4, target_leakage=target, prior_std=1.0, unit=unit, relu_width=relu_width),
         ledger=None,
         show=False,
         **options,
@@ -132,6 +135,34 @@ def test_shaped_noise_changes_the_update_less_than_white_noise_of_the_same_leaka
         run(strategy, {node: shaped_app() for node in NODES})
         moved[covariance] = sum(row.input_noise_change for row in strategy.estimates)
     assert moved["client"] < 0.8 * moved["white"]
+
+
+def test_noise_before_relus_is_shaped_by_the_jacobian_that_the_audit_takes():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 3))
+    inputs, labels = batches_of(1)[0]
+    loss = nn.functional.cross_entropy
+    drawn = {}
+    for width in (0.0, 0.3):
+        grid = run(audit(Policy(action="advise", family="shaped"), relu_width=width), {10: shaped_app()})
+        advice = replace(InputAdvice.take(dict(grid.sent[0].content["config"])), kept=False)
+        assert advice.relu_width == width
+        protection = InputProtection(
+            advice, RecordDict(), None, np.random.default_rng(7), memory_budget=DEFAULT_MEMORY_BUDGET
+        )
+        with protection.active():
+            drawn[width] = protected_inputs(model, inputs, labels, loss=loss) - inputs
+        expected = draw_for_examples(
+            rounded_off(GradientUpdate(model, loss), width),
+            {name: p.detach() for name, p in model.named_parameters()},
+            inputs,
+            labels,
+            target_leakage=TARGET,
+            prior_std=1.0,
+            generator=np.random.default_rng(7),
+        )
+        torch.testing.assert_close(drawn[width], expected.noise, rtol=0, atol=1e-6)
+    assert float((drawn[0.0] - drawn[0.3]).norm() / drawn[0.3].norm()) > 0.05
 
 
 def test_the_noise_of_examples_follows_the_law_and_meets_the_target_by_the_dense_formula():
@@ -476,6 +507,8 @@ def test_a_client_that_cannot_put_noise_on_its_inputs_is_advised_the_other_kind(
         {"shares": 0},
         {"prior_std": -1.0},
         {"prior_std": "x"},
+        {"relu_width": -0.1},
+        {"relu_width": math.inf},
     ],
 )
 def test_advice_that_makes_no_sense_is_none(entries):
