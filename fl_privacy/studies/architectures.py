@@ -87,11 +87,11 @@ class ArchitecturesRow:
     largest: float
     """λ_max(G)."""
     influence: float
-    """I²F/√D of the very noise (paper, Eq. 4)."""
+    """I²F/√D of the very noise (paper, Eq. 4), by J as audits take it."""
     influence_residual: float
     """Relative residual of its solve."""
     lower_bound: float
-    """‖Jᵀδ‖/λ_max/√D of the very noise (paper, Eq. 5)."""
+    """‖Jᵀδ‖/λ_max/√D of the very noise (paper, Eq. 5), by that J."""
     error: float
     converged: bool
     explained: bool

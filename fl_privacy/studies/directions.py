@@ -5,6 +5,7 @@ For the perturbation δ = ‖δ‖·J·v_k/‖J·v_k‖, along a left singular v
     (G + ε)⁻¹Jᵀδ = ‖δ‖·√λ_k/(λ_k + ε)·v_k,
 
 which is the law ‖δ‖/√λ_k while ε ≪ λ_k. The attacker takes δ for noise of its power, σ² = ‖δ‖²/P and ε = σ²/τ².
+J has its ReLUs rounded off, as in audits: behind ReLUs δ is along a singular vector of that one.
 """
 
 from __future__ import annotations

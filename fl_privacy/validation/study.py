@@ -103,7 +103,7 @@ class ValidationRow:
     predicted_own: float
     """For this very image, where `predicted` is for the mean over all that the prior holds possible."""
     lower_bound: float
-    """‖Jᵀδ‖/λ_max/√D of the very noise (paper, Eq. 5)."""
+    """‖Jᵀδ‖/λ_max/√D of the very noise (paper, Eq. 5), by J as audits take it."""
     attack: str
     status: str
     """`ran`, or why the attack cannot be run on such gradients: then the rest is NaN."""

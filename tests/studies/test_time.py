@@ -21,7 +21,7 @@ def test_what_is_timed_spends_the_products_that_it_should(steps):
     settings = TimeSettings(num_images=1, timed_steps=steps)
     scene = Scene.of(settings)
     noise = settings.noise_std * scene.noise([0], 0)
-    problem = scene.problem([0], scene.jacobian([0]).update() + noise, settings.noise_std)
+    problem = scene.problem([0], scene.gradients([0]) + noise, settings.noise_std)
     work = {**_predictions(settings, scene, 0, noise), **_attacks(settings, problem)}
     products = {name: int(run().products) for name, (run, _) in work.items() if name != "lower bound"}
     assert products["DGL, Adam"] == steps
