@@ -14,18 +14,14 @@ def rms(rows, name):
 
 
 def test_chains_find_the_mean_of_a_posterior_that_little_noise_leaves_nearly_gaussian(conducted):
-    rows, _ = conducted(
-        "best-attacker", activations=("tanh",), noise_stds=(1e-3,), num_inputs=6, num_chains=2, steps=400
-    )
+    rows, _ = conducted("best-attacker", networks=("tanh",), noise_stds=(1e-3,), num_inputs=6, num_chains=2, steps=400)
     assert rms(rows, "error") == pytest.approx(rms(rows, "predicted"), rel=0.25)  # 96 numbers: known to 7 %
     assert all(row.predicted == row.audited for row in rows)  # nothing to round off
     assert all(0.1 < row.accepted < 0.6 for row in rows)
 
 
 def test_of_relus_an_audit_predicts_less_error_than_their_own_jacobian_and_than_the_best_attacker_has(conducted):
-    rows, _ = conducted(
-        "best-attacker", activations=("relu",), noise_stds=(1e-3,), num_inputs=6, num_chains=2, steps=400
-    )
+    rows, _ = conducted("best-attacker", networks=("relu",), noise_stds=(1e-3,), num_inputs=6, num_chains=2, steps=400)
     assert len(rows) == 6
     assert all(row.audited < row.predicted for row in rows)
     assert rms(rows, "audited") < 0.9 * rms(rows, "predicted")
@@ -33,25 +29,55 @@ def test_of_relus_an_audit_predicts_less_error_than_their_own_jacobian_and_than_
     assert all(0.1 < row.accepted < 0.6 for row in rows)
 
 
-def test_the_mean_of_a_gaussian_posterior():
-    settings = BestAttackerSettings(num_chains=4, steps=4000, prior_std=1.0)
+class GaussianPosteriors:
+    """Three of them, of one covariance."""
+
     precision = torch.tensor([[3.0, 1.0], [1.0, 2.0]]).double()
-    center = torch.tensor([[0.5, -1.0], [2.0, 0.0], [0.0, 0.0]]).double()
+    centers = torch.tensor([[0.5, -1.0], [2.0, 0.0], [0.0, 0.0]]).double()
+    root = torch.linalg.cholesky(torch.linalg.inv(precision))
 
-    class Gaussian:
-        num_units = 3
+    def __init__(self, units=None):
+        self.units = torch.arange(3) if units is None else units
 
-        def __init__(self, units=None):
-            self.units = torch.arange(3) if units is None else units
+    def select(self, units):
+        return GaussianPosteriors(self.units[units])
 
-        def select(self, units):
-            return Gaussian(self.units[units])
+    def objective(self, x):
+        off = x - self.centers[self.units]
+        return torch.einsum("ui,ij,uj->u", off, self.precision, off)
 
-        def objective(self, x):
-            off = x - center[self.units]
-            return torch.einsum("ui,ij,uj->u", off, precision, off)
+    @classmethod
+    def sample(cls, starts, **settings):
+        generators = [torch.Generator().manual_seed(index) for index in range(len(starts))]
+        posteriors = cls(torch.arange(len(starts)) % 3)
+        root = cls.root.expand(len(starts), -1, -1)
+        return best_attacker._sample(posteriors, starts, root, generators, BestAttackerSettings(**settings))
 
-    root = torch.linalg.cholesky(torch.linalg.inv(precision)).expand(3, -1, -1)
-    mean, accepted = best_attacker._posterior_mean(Gaussian(), center + 1.0, root, settings)
-    torch.testing.assert_close(mean, center, rtol=0, atol=0.08)
-    assert (accepted - 0.25).abs().max() < 0.1
+
+def test_chains_that_forget_their_start_find_the_mean_of_a_gaussian_posterior():
+    found = GaussianPosteriors.sample(GaussianPosteriors.centers + 1.0, num_chains=4, steps=4000)
+    torch.testing.assert_close(found.mean, GaussianPosteriors.centers, rtol=0, atol=0.08)
+    assert (found.accepted - 0.25).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("steps", [8, 40])
+@pytest.mark.parametrize("num_chains", [1, 3])
+def test_chains_that_do_not_forget_it_err_less_than_the_best_attacker_and_more_as_they_go_on(num_chains, steps):
+    generator = torch.Generator().manual_seed(0)
+    units = torch.arange(900) % 3
+    normal = torch.randn(900, 2, generator=generator, dtype=torch.float64)
+    truths = GaussianPosteriors.centers[units] + normal @ GaussianPosteriors.root.T
+    found = GaussianPosteriors.sample(truths, num_chains=num_chains, steps=steps)
+    best = torch.linalg.inv(GaussianPosteriors.precision).trace()
+    reached, reached_half = ((mean - truths).square().sum(1).mean() for mean in (found.mean, found.half_mean))
+    assert reached_half < reached < 0.9 * best  # the mean of 1,800 squares is known to some 4 %
+
+
+def test_inputs_of_a_residual_network_are_the_same_however_many_are_walked_at_once(conducted):
+    options = {"networks": ("resnet8",), "noise_stds": (1e-2,), "num_inputs": 2, "num_chains": 2, "steps": 8}
+    together, _ = conducted("best-attacker", **options)
+    apart, _ = conducted("best-attacker", **options, inputs_at_once=1)
+    for one, other in zip(together, apart, strict=True):
+        assert one.error == pytest.approx(other.error, rel=1e-6)
+        assert one.audited == pytest.approx(other.audited, rel=1e-6)
+        assert 0 < one.half_error < one.error < one.audited < one.predicted  # so few steps do not come far

@@ -201,17 +201,17 @@ def test_best_attacker():
     settings, rows, (axis,) = drawn("best-attacker")
     lines = {line.get_label(): line for line in axis.lines}
 
-    def squares(name, activation, noise_std):
-        mine = [row for row in rows if (row.activation, row.noise_std) == (activation, noise_std)]
+    def squares(name, network, noise_std):
+        mine = [row for row in rows if (row.network, row.noise_std) == (network, noise_std)]
         return sum(getattr(row, name) ** 2 for row in mine) / len(mine)
 
-    shown = [(a, "own J", "predicted") for a in settings.activations] + [("relu", "as audited", "audited")]
-    for activation, label, name in shown:
-        line = lines[f"{activation}, {label}"]
+    shown = [(a, "own J", "predicted") for a in settings.networks] + [("relu", "as audited", "audited")]
+    for network, label, name in shown:
+        line = lines[f"{network}, {label}"]
         for x, y, std in zip(line.get_xdata(), line.get_ydata(), settings.noise_stds, strict=True):
-            best = squares("error", activation, std)
+            best = squares("error", network, std)
             assert x == pytest.approx(best**0.5)
-            assert y == pytest.approx((squares(name, activation, std) / best) ** 0.5)
+            assert y == pytest.approx((squares(name, network, std) / best) ** 0.5)
 
 
 def test_noise():
