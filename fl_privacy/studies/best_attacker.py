@@ -9,10 +9,10 @@ Metropolis's rule corrects is a reversible chain without negative eigenvalues (B
 2005, Lemma 3.1). Over stationary starts, an eigenfunction of eigenvalue λ adds 1 + v − 2c times its share of the
 posterior's variance to the expected squared distance from the start to the mean of the first T states, where v is the
 variance of that mean and c its covariance with the start, both relative: v ≤ (1 + 2 Σ λᵗ)/T ≤ 2 Σ λᵗ/T = 2c, the first
-sum over t = 1 … T − 1, the second with t = 0. The mean therefore errs no more, in expectation, than the best attacker, and as much
-once the chain has forgotten its start; the mean of several chains from one start lies in between. A prediction below
-that is below any attacker's error. (Steps are shaped by J at the truth and sized by a pilot from there, which the
-argument does not allow for.)
+sum over t = 1 … T − 1, the second with t = 0. In expectation the mean therefore errs no more than the best attacker,
+and as much once the chain has forgotten its start; the mean of several chains from one start lies in between. A
+prediction below that is below any attacker's error. (Steps are shaped by J at the truth and sized by a pilot from
+there, which the argument does not allow for.)
 """
 
 from __future__ import annotations
@@ -213,8 +213,8 @@ def _sample(
         accepted += moved
         if count == settings.steps // 2 - 1:
             half = total / (count + 1)
-    means = ((mean.reshape(units, chains, dim).mean(1)) for mean in (total / settings.steps, half))
-    return _Sampled(*means, accepted / (settings.steps - 1))
+    mean, half_mean = (one.reshape(units, chains, dim).mean(1) for one in (total / settings.steps, half))
+    return _Sampled(mean, half_mean, accepted / (settings.steps - 1))
 
 
 def _summarize(settings: BestAttackerSettings, rows: Sequence[BestAttackerRow]) -> Summary:
