@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
 
 def plain_ticks(axis: Axis, *, extra: str = "simulation") -> None:
-    """Labels a logarithmic axis by plain numbers: 1, 2 and 5 of each decade, of many decades 1 alone, of few all alike.
+    """Labels a logarithmic axis by plain numbers: 1, 2 and 5 of each decade, of many decades 1 alone.
+
+    On an axis so short that fewer than two of them would fall on it, they are at even distances.
 
     Args:
         axis: Whose limits are set, or its data drawn.
@@ -21,7 +23,7 @@ def plain_ticks(axis: Axis, *, extra: str = "simulation") -> None:
     low, high = sorted(axis.get_view_interval())
     locator = ticker.LogLocator(subs=(1.0, 2.0, 5.0) if high < 500 * low else (1.0,))
     if sum(low <= tick <= high for tick in locator.tick_values(low, high)) < 2:
-        locator = ticker.MaxNLocator(5)
+        locator = ticker.MaxNLocator(5, steps=[1, 2, 5, 10])
     axis.set_major_locator(locator)
     axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(ticker.NullFormatter())

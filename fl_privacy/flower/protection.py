@@ -123,7 +123,7 @@ class InputAdvice:
             kept=bool(entries["kept"]),
             prior_std=None if prior_std is None else float(prior_std),
             shares=int(entries["shares"]),
-            relu_width=float(entries["relu_width"]),
+            relu_width=float(entries.get("relu_width", RELU_WIDTH)),
         )
 
     def entries(self) -> dict[str, str]:

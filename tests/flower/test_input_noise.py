@@ -508,13 +508,21 @@ def test_a_client_that_cannot_put_noise_on_its_inputs_is_advised_the_other_kind(
         {"prior_std": -1.0},
         {"prior_std": "x"},
         {"relu_width": -0.1},
-        {"relu_width": math.inf},
+        {"relu_width": math.nan},
+        {"relu_width": "x"},
     ],
 )
 def test_advice_that_makes_no_sense_is_none(entries):
     written = json.loads(InputAdvice(target_leakage=0.5).entries()[INPUT_ADVICE_KEY]) | entries
     reply = shaped_app()(train_message(**{INPUT_ADVICE_KEY: json.dumps(written)}), new_context())
     assert report_of(reply).shift is None
+
+
+def test_advice_that_does_not_know_of_relus_is_followed():
+    written = json.loads(InputAdvice(target_leakage=0.5).entries()[INPUT_ADVICE_KEY])
+    del written["relu_width"]
+    reply = shaped_app()(train_message(**{INPUT_ADVICE_KEY: json.dumps(written)}), new_context())
+    assert report_of(reply).shift.leakage.max() <= 0.5 * (1 + 1e-6)
 
 
 @pytest.mark.parametrize(
