@@ -4,14 +4,15 @@ Inputs are drawn from the prior itself, so that the mean of the posterior p(x | 
 is, whatever an attacker does, and each truth is an exact draw of its posterior: Markov chains that begin there need not
 find anything.
 
-Chains need not have moved through all of the posterior either to say what no attacker can do. A random walk that
-Metropolis's rule corrects is a reversible chain without negative eigenvalues (Baxendale, Annals of Applied Probability
-2005, Lemma 3.1). Over stationary starts, an eigenfunction of eigenvalue λ adds 1 + v − 2c times its share of the
-posterior's variance to the expected squared distance from the start to the mean of the first T states, where v is the
-variance of that mean and c its covariance with the start, both relative: v ≤ (1 + 2 Σ λᵗ)/T ≤ 2 Σ λᵗ/T = 2c, the first
-sum over t = 1 … T − 1, the second with t = 0. In expectation the mean therefore errs no more than the best attacker,
-and as much once the chain has forgotten its start; the mean of several chains from one start lies in between. A
-prediction below that is below any attacker's error. (Steps are shaped by J at the truth and sized by a pilot from
+Chains need not have moved through all of the posterior to say what no attacker can do. Over stationary starts of a
+reversible chain, the part of its spectrum at λ adds to the expected squared distance from the start to the mean of the
+first T states
+
+    1 + v − 2c = 1 − (1 + (2/T)·Σ t·λᵗ)/T ≤ 1,    as Σ t·λᵗ ≥ −T/2 for |λ| ≤ 1,    t = 1 … T − 1,
+
+times its share of the posterior's variance, v being the variance of that mean and c its covariance with the start. In
+expectation the mean therefore errs no more than the best attacker, and as much once the chain has forgotten its start:
+a prediction below that is below any attacker's error. (Steps are shaped by J at the truth and sized by a pilot from
 there, which the argument does not allow for.)
 """
 
@@ -81,9 +82,9 @@ class BestAttackerRow:
     noise_std: float
     input: int
     error: float
-    """Of the mean of the chains: in expectation no more than the best attacker's."""
+    """Of the mean of a chain, root mean square over the chains: in expectation no more than the best attacker's."""
     half_error: float
-    """Of the mean of the first half of each: chains that have forgotten where they began differ little in it."""
+    """The same of the first half of each. A chain to which that makes a difference has not come to rest."""
     predicted: float
     """By the network's own Jacobian."""
     audited: float
@@ -126,7 +127,9 @@ def _rows(
     )
     root = _covariance_root(smooth, noise_std, settings)
     found = _sample(problem, x.flatten(1), root, generators, settings)
-    error, half_error = ((mean - x.flatten(1)).square().mean(1).sqrt() for mean in (found.mean, found.half_mean))
+    error, half_error = (
+        (means - x.flatten(1)[:, None]).square().mean((1, 2)).sqrt() for means in (found.means, found.half_means)
+    )
     for place, index in enumerate(group):
         yield BestAttackerRow(
             network=network,
@@ -170,10 +173,10 @@ def _covariance_root(jacobian: UpdateJacobian, noise_std: float, settings: BestA
 
 @dataclass(frozen=True)
 class _Sampled:
-    """What the chains of U units came to: means `[U, D]` over their states, and accepted shares `[U]`."""
+    """What the chains of U units came to: means `[U, chains, D]` over their states, and accepted shares `[U]`."""
 
-    mean: Tensor
-    half_mean: Tensor
+    means: Tensor
+    half_means: Tensor
     accepted: Tensor
 
 
@@ -201,11 +204,12 @@ def _sample(
         x, objective = torch.where(moved[:, None], proposal, x), torch.where(moved, proposed, objective)
         return x, objective, moved.double().reshape(units, chains).mean(1)
 
-    x, objective = start, repeated.objective(start)
+    at_start = repeated.objective(start)
+    x, objective = start, at_start
     for _ in range(int(_PILOT * settings.steps)):
         x, objective, moved = step(x, objective)
         size *= torch.exp(0.07 * (moved - _ACCEPTED))
-    x, objective = start, repeated.objective(start)
+    x, objective = start, at_start
     total, half, accepted = start.clone(), start, torch.zeros(units, dtype=torch.float64)
     for count in range(1, settings.steps):  # the start is the first state
         x, objective, moved = step(x, objective)
@@ -213,8 +217,8 @@ def _sample(
         accepted += moved
         if count == settings.steps // 2 - 1:
             half = total / (count + 1)
-    mean, half_mean = (one.reshape(units, chains, dim).mean(1) for one in (total / settings.steps, half))
-    return _Sampled(mean, half_mean, accepted / (settings.steps - 1))
+    means, half_means = (one.reshape(units, chains, dim) for one in (total / settings.steps, half))
+    return _Sampled(means, half_means, accepted / (settings.steps - 1))
 
 
 def _summarize(settings: BestAttackerSettings, rows: Sequence[BestAttackerRow]) -> Summary:
@@ -240,8 +244,17 @@ def _summarize(settings: BestAttackerSettings, rows: Sequence[BestAttackerRow]) 
             )
     return Summary(
         f"Errors: root mean squares over {settings.num_inputs} inputs, with a 95 % bootstrap interval. The chains' is "
-        "at most the best attacker's, and equal to it once they have forgotten where they began.",
-        ("network", "noise std", "best attacker", "by half the steps", "own J", "over best", "as audited", "over best"),
+        "in expectation at most the best attacker's, and equal to it once they have forgotten where they began.",
+        (
+            "network",
+            "noise std",
+            "best attacker, at least",
+            "by half the steps",
+            "own J",
+            "over it",
+            "as audited",
+            "over it",
+        ),
         tuple(lines),
     )
 
@@ -271,7 +284,7 @@ def _draw(settings: BestAttackerSettings, rows: Sequence[BestAttackerRow], figur
             ratios = [_rms([getattr(row, name) for row in level]) / b for level, b in zip(levels, best, strict=True)]
             axis.plot(best, ratios, style, color=f"C{place}", label=f"{network}, {label}")
     axis.axhline(1.0, color="black", linewidth=1)
-    axis.set(xscale="log", xlabel="error of the best attacker, rms", ylabel="predicted error over it")
+    axis.set(xscale="log", xlabel="error of the best attacker, at least; rms", ylabel="predicted error over it")
     plain_ticks(axis.xaxis)
     axis.legend(frameon=False, fontsize=8)
 
