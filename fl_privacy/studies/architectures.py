@@ -23,7 +23,7 @@ from fl_privacy.reference.initialization import Initialization
 from fl_privacy.studies.results import Portion
 from fl_privacy.studies.scene import Scene, SceneSettings, groups
 from fl_privacy.studies.settings import Settings, device_option, option, relu_width_option
-from fl_privacy.studies.study import Study, Summary, rank_correlation
+from fl_privacy.studies.study import FEWEST_RANKED, Study, Summary, rank_correlation
 from fl_privacy.validation.summary import BEATEN
 
 if TYPE_CHECKING:
@@ -46,8 +46,6 @@ _COLOURS: Mapping[str, str] = {"gauss-newton": "C0", "dgl": "C1", "inverting-gra
 _SIZES: Mapping[str, int] = {"inverting-gradients": 75, "dgl": 38, "gauss-newton": 12}
 """Largest first: where attacks reach the same, all are seen."""
 _IMAGES_AT_ONCE = 10
-_FEWEST_RANKED = 3
-"""Runs, below which a rank correlation says nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +207,7 @@ def _summarize(settings: ArchitecturesSettings, rows: Sequence[ArchitecturesRow]
         if (of_attack := [row for row in rows if row.attack == name])
     ]
     order = ", ".join(f"{_spearman(best, x):.3f} with {label}" for x, label in _AGAINST.items())
-    order = f"; its rank correlation over all models and levels is {order}" if len(best) >= _FEWEST_RANKED else ""
+    order = f"; its rank correlation over all models and levels is {order}" if len(best) >= FEWEST_RANKED else ""
     return Summary(
         f"Reached error: {'; '.join(by_attack)}. The best attack of each run is below the lower bound in "
         f"{sum(row.error < row.lower_bound for row in best)} of {len(best)} runs{order}. Cells: medians over "

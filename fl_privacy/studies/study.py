@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound=Settings)
 
+FEWEST_RANKED = 3
+"""Runs, below which a rank correlation says nothing."""
+
 
 @dataclass(frozen=True)
 class Summary:

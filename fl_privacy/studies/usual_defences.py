@@ -25,7 +25,7 @@ from fl_privacy.pictures.rebuilding import observed_version, predicted_recovery
 from fl_privacy.studies.results import Portion
 from fl_privacy.studies.scene import Scene, SceneSettings
 from fl_privacy.studies.settings import option
-from fl_privacy.studies.study import Study, Summary, rank_correlation
+from fl_privacy.studies.study import FEWEST_RANKED, Study, Summary, rank_correlation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -177,15 +177,17 @@ def _summarize(settings: UsualDefencesSettings, rows: Sequence[UsualDefencesRow]
         for what in ("equal_power", "audited", "informed")
     }
     pruned = [row for row in rows if row.defence == "prune"]
-    order = {what: _spearman(pruned, what) for what in ("equal_power", "audited", "informed")}
+    order = {what: f"{_spearman(pruned, what):.2f}" for what in ("equal_power", "audited", "informed")}
+    ranked = (
+        f" Over pruned updates the error has a Spearman correlation of {order['equal_power']} with the prediction for "
+        f"equal power, {order['audited']} with the audit's and {order['informed']} with that for a known shape."
+    )
     return Summary(
         f"Medians over {len({row.image for row in rows})} images, at equal cosine similarity of the shared update. An "
         f"attack comes more than 20 % below noise of equal power in {beaten['equal_power']:.0%} of runs, below the "
         f"audit's prediction in {beaten['audited']:.0%} and below that for whoever knows the noise's shape in "
         f"{beaten['informed']:.0%}; least squares failed to explain the update in "
-        f"{sum(not row.explained for row in rows) / len(rows):.0%}. Over pruned updates the error has a Spearman "
-        f"correlation of {order['equal_power']:.2f} with the prediction for equal power, {order['audited']:.2f} with "
-        f"the audit's and {order['informed']:.2f} with that for a known shape.",
+        f"{sum(not row.explained for row in rows) / len(rows):.0%}.{ranked if len(pruned) >= FEWEST_RANKED else ''}",
         (
             "as pruning",
             "defence",
@@ -201,8 +203,6 @@ def _summarize(settings: UsualDefencesSettings, rows: Sequence[UsualDefencesRow]
 
 
 def _spearman(rows: Sequence[UsualDefencesRow], what: str) -> float:
-    if len(rows) < 3:
-        return math.nan
     predicted, reached = [getattr(row, what) for row in rows], [min(row.error, row.informed_error) for row in rows]
     return rank_correlation(predicted, reached)
 
