@@ -14,6 +14,7 @@ from torch import nn
 
 from fl_privacy.audit import AuditSettings, Policy, Source, Status, family
 from fl_privacy.audit.input_noise import draw_for_examples, leakage_under, shortfall, topped_up
+from fl_privacy.audit.settings import RELU_WIDTH
 from fl_privacy.audit.task import InputShift
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.flower import InversionAuditMod, protected_inputs, record_batch, record_batches
@@ -42,7 +43,9 @@ from .test_policies import PARAMETERS, TARGET, Recording, flat, rows, run
 NODES = (10, 20)
 
 
-def audit(policy, *, source="trusted", model=new_model, unit="example", target=TARGET, relu_width=0.15, **options):
+def audit(
+    policy, *, source="trusted", model=new_model, unit="example", target=TARGET, relu_width=RELU_WIDTH, **options
+):
     return InversionAudit(
         Recording(),
         model=model(),
@@ -509,6 +512,7 @@ def test_a_client_that_cannot_put_noise_on_its_inputs_is_advised_the_other_kind(
         {"prior_std": "x"},
         {"relu_width": -0.1},
         {"relu_width": math.nan},
+        {"relu_width": math.inf},
         {"relu_width": "x"},
     ],
 )
