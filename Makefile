@@ -22,8 +22,6 @@ simulate: $(STAMP) ## run the audited federation; ARGS="--num-supernodes 100 --r
 deploy-demo: $(STAMP) ## the same app in a real deployment: TLS, node authentication, two SuperNodes
 	$(BIN)/python simulations/deployment.py $(ARGS)
 
-# The tests' tensors are small: one thread is as fast as several, which wait for each other where cores are shared.
-test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP) ## run the tests; ARGS="-k ledger"
 	$(BIN)/python -m pytest $(ARGS)
 

@@ -48,7 +48,7 @@ print("LEFT", len(descendants()), len(stop_descendants(grace=10.0)), flush=True)
 
 def test_the_app_of_the_simulation_runs_deployed_under_two_sources_and_outlives_a_node(tmp_path):
     ledger = tmp_path / "ledger.db"
-    environment = {**os.environ, "PYTHONPATH": str(SIMULATIONS), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(SIMULATIONS)}
     command = [sys.executable, "-c", DRIVER, str(ledger), str(tmp_path / "state"), "TERM"]
     with subprocess.Popen(
         command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -89,7 +89,7 @@ def test_the_app_of_the_simulation_runs_deployed_under_two_sources_and_outlives_
 @pytest.mark.timeout(600)
 def test_a_worker_a_supernode_and_the_superlink_are_killed_at_work_and_no_row_is_lost(tmp_path):
     ledger = tmp_path / "ledger.db"
-    environment = {**os.environ, "PYTHONPATH": str(SIMULATIONS), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(SIMULATIONS)}
     command = [sys.executable, str(ROOT / "tests" / "faults" / "driver.py"), str(tmp_path)]
     with subprocess.Popen(
         command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -1,9 +1,8 @@
-"""Every test of this folder makes messages outside of a run, and its models are too small for threads."""
+"""Every test of this folder makes messages outside of a run."""
 
 from __future__ import annotations
 
 import pytest
-import torch
 from flwr.supercore.task_identity import TaskIdentity
 
 
@@ -18,11 +17,3 @@ def _task_identity(monkeypatch):
 def _no_vote(monkeypatch):
     """Leaves it to each test what the environment says of handing batches over."""
     monkeypatch.delenv("FL_PRIVACY_HAND_OVER_BATCHES", raising=False)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

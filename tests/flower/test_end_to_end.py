@@ -24,7 +24,6 @@ def test_an_audited_simulation_has_a_row_for_everyone_and_the_model_of_a_plain_o
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ADDRESS": "local",  # not a cluster that somebody else runs on this machine
-        "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-m", "flower.simulated", str(ledger), str(output)]
     run = subprocess.run(

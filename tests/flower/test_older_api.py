@@ -485,7 +485,6 @@ def simulated(tmp_path, kind):
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ADDRESS": "local",  # not a cluster that somebody else runs on this machine
-        "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-m", "flower.older_simulated", str(ledger), kind]
     finished = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=250)
