@@ -28,10 +28,11 @@ class InputNoise:
         noise: a `[U, D]`, with what was added to make up for `residual`; zero where the target is met without noise.
         residual: ‖e‖/‖a‖ of the draw alone, `[U]`: how far it still moved while the Krylov space doubled, which is an
             estimate of the error of the smaller space, and so a cautious one of that of the larger; 0 where the space
-            is exhausted.
+            is exhausted, and 1 after a single step, which says nothing: white noise is then drawn.
         converged: Whether the residual is within the tolerance, `[U]`.
-        scale: √(1 + t) `[U]`; 0 where white noise alone was drawn.
-        white_std: Standard deviation of the white noise in it, `[U]`.
+        scale: √(1 + t) `[U]`; 0 where white noise alone was drawn. Of a batch that is drawn example by example, the
+            least of any.
+        white_std: Standard deviation of the white noise in it, `[U]`; likewise the least of any example.
         expected_norm: Expected change of the update to first order, `[U]`, with both; `shaped_norm` without.
         products: Products with G spent on each unit, `[U]`.
     """
@@ -115,8 +116,10 @@ def draw_input_noise(
         noise=joined["noise"].reshape(jacobian.num_units, -1),
         converged=by_unit["converged"].all(-1),
         products=by_unit["products"].sum(-1),
-        # Units of one law whose examples differ by their draws alone: its worst residual, and its mean cost.
-        **{name: by_unit[name].amax(-1) for name in ("residual", "scale", "white_std")},
+        # Units of one law whose examples differ by their draws alone: the worst residual, no noise that one lacks, and
+        # the mean cost.
+        residual=by_unit["residual"].amax(-1),
+        **{name: by_unit[name].amin(-1) for name in ("scale", "white_std")},
         expected_norm=by_unit["expected_norm"].square().mean(-1).sqrt(),
     )
 
@@ -143,8 +146,10 @@ def _draw(
     t = residual * relative
     added = torch.where(residual > 0, (1 + 1 / t.clamp(min=torch.finfo(t.dtype).tiny)) * residual**2, 0.0)
     norm = ((1 + t) * law.shaped_norm**2 + added * white_square).sqrt()
-    # Where making up for it costs more, white noise for the same target, which needs no iteration at all.
-    gives_up = ((norm > law.white_norm) | (mean_square == 0)) & ~law.already_met & (residual > 0)
+    # Where making up for it costs more, or nothing is known of what is missing, white noise for the same target, which
+    # needs no iteration at all.
+    unknown = (mean_square == 0) | (lanczos.size < 2)
+    gives_up = ((norm > law.white_norm) | unknown) & ~law.already_met & (residual > 0)
     scale = torch.where(gives_up, 0.0, (1 + t).sqrt())
     white_std = torch.where(gives_up, law.white_std, (added * mean_square).sqrt())
     noise = scale[:, None] * drawn + white_std[:, None] * white
@@ -168,8 +173,10 @@ def _coefficients(state: Lanczos, law: NoiseRecommendation) -> tuple[Tensor, Ten
     part = _root_column(torch.where(taken[:, :, None] == taken[:, None, :], t, 0.0), law)
     norm = torch.linalg.vector_norm(whole, dim=-1)
     moved = torch.linalg.vector_norm(whole - part, dim=-1)
-    # No noise at all so far says only that the small eigenvalues have not been reached: all of it is missing.
-    relative = torch.where(norm > 0, moved / norm.clamp(min=torch.finfo(norm.dtype).tiny), 1.0)
+    # No noise at all so far says only that the small eigenvalues have not been reached, and a single step is its own
+    # half: all of it is missing.
+    known = (norm > 0) & (state.size > 1)
+    relative = torch.where(known, moved / norm.clamp(min=torch.finfo(norm.dtype).tiny), 1.0)
     return whole, torch.where(coupling == 0, 0.0, relative)
 
 

@@ -211,6 +211,32 @@ def test_a_truncated_iteration_protects_more_and_says_by_how_much(target: float,
     assert (error <= drawn.residual)[shaped].all()
 
 
+@pytest.mark.parametrize("target", [0.5, 0.3])
+def test_a_single_step_says_nothing_and_is_made_up_for(target: float) -> None:
+    jacobian = prescribed(with_eigenvalues(torch.tensor([[1.0, 1e-4]], dtype=torch.float64)))
+    noise = recommend_noise(estimate_spectrum(jacobian), target_leakage=target, prior_std=PRIOR)
+    copies = torch.zeros(20000, dtype=torch.long)
+    drawn = draw_input_noise(jacobian.select(copies), noise.select(copies), 1, max_steps=1)
+    assert not drawn.converged.any()
+    assert (drawn.residual == 1).all()
+    assert covariance_leakage(drawn.noise.T @ drawn.noise / len(copies)) <= 1.02 * target
+
+
+def test_of_a_batch_drawn_example_by_example_no_more_noise_is_said_than_each_has() -> None:
+    (public, batches), (_, single) = public_and_own(3), public_and_own(1)
+    operator, drawn = MeanGram(public), []
+    for own in (batches, single.select(torch.zeros(6, dtype=torch.long))):
+        spectra = (estimate_spectrum(own), estimate_spectrum(operator))
+        law = recommend_noise(spectra[0], target_leakage=0.5, prior_std=PRIOR, public=spectra[1])
+        drawn.append(draw_input_noise(own, law, 7, public=operator, max_steps=4))
+    together, each = drawn
+    torch.testing.assert_close(together.noise, each.noise.reshape(2, -1))
+    for name in ("scale", "white_std"):
+        of_each = getattr(each, name).reshape(2, 3)
+        assert (of_each.amax(1) > of_each.amin(1)).all()
+        assert torch.equal(getattr(together, name), of_each.amin(1))
+
+
 def test_draws_are_deterministic_for_a_seed_and_new_without_one() -> None:
     jacobian = lenet()
     noise = recommend_noise(estimate_spectrum(jacobian), target_leakage=0.3, prior_std=PRIOR)
