@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fl_privacy.audit.settings import Covariance
 from fl_privacy.audit.task import InputShift, Numbers
+from fl_privacy.checks import check_share
 from fl_privacy.errors import FLPrivacyError, InvalidInputError
 from fl_privacy.influence.jacobian import DEFAULT_MEMORY_BUDGET, UpdateJacobian
 from fl_privacy.influence.operators import InputOperator, MeanGram
@@ -52,6 +53,7 @@ def draw_for_examples(
     covariance: Covariance = "client",
     public: tuple[Tensor, Tensor] | None = None,
     generator: np.random.Generator,
+    once: bool = False,
     num_probes: int = 4,
     max_steps: int = 64,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
@@ -60,7 +62,8 @@ def draw_for_examples(
     """Returns noise for each example by itself, all else being known to the attacker.
 
     The law is water-filling on G of the gradient at these parameters: only what the noise costs depends on that, not
-    what it hides. Where G cannot be had, the noise is white, which needs none and hides as much.
+    what it hides. Where G cannot be had, the noise is white, which needs none and hides as much. So it is for an
+    example that meets the target without noise, as later parameters may tell what these do not.
 
     Args:
         update: The gradient of the model that is trained.
@@ -72,6 +75,7 @@ def draw_for_examples(
         covariance: What shapes the noise.
         public: Inputs and labels of public examples, for the covariance `public`.
         generator: Of the draw. Whoever knows its state knows the noise.
+        once: Whether these examples are shared once, at these parameters: who meets the target without noise gets none.
         num_probes: Of the spectrum.
         max_steps: Of a probe, and of a draw; fewer steps make for more noise, never less.
         memory_budget: Bytes of graph.
@@ -80,8 +84,7 @@ def draw_for_examples(
     Raises:
         InvalidInputError: τ or the target is out of range.
     """
-    if not 0 < target_leakage < 1:
-        raise InvalidInputError(f"expected target_leakage strictly between 0 and 1, got {target_leakage}")
+    check_share(target_leakage, "target_leakage")
     if not (math.isfinite(prior_std) and prior_std > 0):
         raise InvalidInputError(f"expected prior_std > 0, got {prior_std}: constant inputs have nothing to leak")
     white = _white(inputs, target_leakage, prior_std, generator)
@@ -105,7 +108,7 @@ def draw_for_examples(
             operator, num_probes=num_probes, max_steps=max_steps, seed=int(generator.integers(2**31))
         )
         law = recommend_noise(spectrum, target_leakage=target_leakage, prior_std=prior_std)
-        return _shaped(operator, law, white, own=own, generator=generator, max_steps=max_steps)
+        return _shaped(operator, law, white, own=own, once=once, generator=generator, max_steps=max_steps)
     except FLPrivacyError as error:
         return InputDraw(white.noise, white.leakage, f"the noise is white, as its shape could not be found: {error}")
 
@@ -123,10 +126,11 @@ def _shaped(
     white: InputDraw,
     *,
     own: bool,
+    once: bool,
     generator: np.random.Generator,
     max_steps: int,
 ) -> InputDraw:
-    """Shaped draws where the law is known, white ones elsewhere; none for examples whose own target is met without."""
+    """Shaped draws where there is a law, white ones elsewhere; none where the target is met without, if shared once."""
     examples = len(white.noise)
     of_example = torch.arange(examples) if own else torch.zeros(examples, dtype=torch.long)
     of_example = of_example.to(operator.device)
@@ -146,8 +150,12 @@ def _shaped(
     notes = []
     met = law.already_met & torch.tensor(own, device=operator.device)  # public examples tell nothing of these
     if met.any():
-        noise[met], leakage[met] = 0.0, 1.0
-        notes.append(f"{int(met.sum())} of {examples} examples meet the target without noise")
+        without = f"{int(met.sum())} of {examples} examples meet the target without noise"
+        if once:
+            noise[met], leakage[met] = 0.0, 1.0
+        else:
+            without += " at these parameters; they are shared again, so theirs is white"
+        notes.append(without)
     other = int((~drawn & ~met).sum())
     if other:
         notes.append(f"the noise on {other} of {examples} examples is white: products with G were not finite")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from logging import WARNING
 from typing import Any
 
 import numpy as np
@@ -34,7 +33,6 @@ from flwr.compat.client.client import (
     maybe_call_get_parameters,
     maybe_call_get_properties,
 )
-from flwr.supercore import log
 
 from fl_privacy.audit.task import Array
 from fl_privacy.errors import RecordError
@@ -146,7 +144,7 @@ def _followed(
     try:
         arrays = dict(zip(names, parameters_to_ndarrays(parameters), strict=True))
     except ValueError as error:
-        log(WARNING, "fl_privacy: the advised noise could not be put on the update: %s", error)
+        watch.cannot_follow(advice, error)
         return parameters
     record = ArrayRecord({name: FlowerArray(array) for name, array in arrays.items()})
     followed = watch.follow(advice, record, generator)

@@ -35,7 +35,7 @@ class ClientOptions:
 
     Attributes:
         votes: By consent or veto, who votes how: a place to set it, and what it says there (`None`: nothing).
-        time_limit: Seconds that an audit on the client may take.
+        time_limit: Seconds that an audit on the client may take, and those that shaping noise on inputs may.
         memory_budget: Bytes of graph that it may keep.
         max_examples: Most examples that it audits.
         max_bytes: Most bytes of examples to keep for the audit, or to hand over.

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
+from logging import WARNING
 from typing import Any, cast, get_args
 
 import numpy as np
 import torch
 from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.supercore import log
 from torch import Tensor, nn
 
 from fl_privacy.audit.input_noise import draw_for_examples, leakage_under, topped_up
 from fl_privacy.audit.settings import RELU_WIDTH, Covariance
 from fl_privacy.audit.task import InputShift, Numbers, example_key
-from fl_privacy.errors import InvalidInputError, RecordError
+from fl_privacy.errors import FLPrivacyError, InvalidInputError, RecordError
 from fl_privacy.flower.advice import taken
 from fl_privacy.flower.capture import TrainingCapture
 from fl_privacy.influence.rounding import rounded_off
@@ -31,6 +35,8 @@ _KEPT_KEY, _KEPT_ARRAYS_KEY = "fl_privacy.kept_noise", "fl_privacy.kept_noise.ar
 """Records of a client's own state, which stays with it from round to round."""
 _SLACK = 1e-6
 """How much more than its target noise may leak before more is put on it: no more than rounding."""
+_FEW = 8
+"""Examples of a first batch below which its standard deviation is a poor guess at that of all."""
 
 _ACTIVE: ContextVar[InputProtection | None] = ContextVar("fl_privacy_protection", default=None)
 
@@ -56,7 +62,8 @@ def protected_inputs(
     What is then shared depends on each example x through x + a alone. By default a is drawn once for an example, kept
     in the client's own state, and used in every later round, so that rounds together tell no more than one. An example
     is known by its content: call this before random augmentation, as a changed example is another one with noise of its
-    own, and two of them tell more than one. The first call of an example computes a spectrum, some hundred products.
+    own, and two of them tell more than one. The first call with an example computes a spectrum of its own and a draw,
+    up to some hundred products each, in what the client's `time_limit` leaves; where that is over, the noise is white.
 
     Args:
         model: What is trained, at its current parameters, which only shape the noise. It is not changed.
@@ -85,7 +92,7 @@ class InputAdvice:
         target_leakage: What x + a may tell of x, over all shares of it.
         covariance: What shapes the noise.
         kept: Whether each example keeps its noise; otherwise it is drawn in every round.
-        prior_std: τ; `None`: that of the client's own inputs.
+        prior_std: τ; `None`: that of the first batch that the client trains on.
         shares: For noise that is not kept, the number of rounds that must meet the target together.
         relu_width: Of the ReLUs in the J that shapes the noise, as the audit has it.
     """
@@ -140,6 +147,7 @@ class InputProtection:
         capture: Records the training for the audit, which is told of the noise; `None` where none is asked for.
         generator: Of the noise.
         memory_budget: Bytes of graph.
+        time_limit: Seconds that shaping the noise of this round may take; what is left is white.
         before_pass: Called before each pass of a product with J; what it raises ends the call of `protect`.
     """
 
@@ -151,8 +159,10 @@ class InputProtection:
         generator: np.random.Generator,
         *,
         memory_budget: int,
+        time_limit: float = math.inf,
         before_pass: Callable[[], None] | None = None,
     ) -> None:
+        self._time_left = time_limit
         self._before_pass = before_pass
         self._advice = advice
         self._capture = capture
@@ -241,6 +251,7 @@ class InputProtection:
         if not first:
             return
         at = list(first.values())
+        began = time.monotonic()
         draw = draw_for_examples(
             rounded_off(GradientUpdate(model, loss), advice.relu_width),
             {name: p.detach() for name, p in model.named_parameters()},
@@ -251,9 +262,11 @@ class InputProtection:
             covariance=advice.covariance,
             public=public,
             generator=self._generator,
+            once=not advice.kept and advice.shares == 1,
             memory_budget=self._memory_budget,
-            before_pass=self._before_pass,
+            before_pass=self._pass_until(began + self._time_left),
         )
+        self._time_left -= time.monotonic() - began
         # T draws of T times the variance tell together what one of the variance itself does.
         scale = 1.0 if advice.kept else math.sqrt(advice.shares)
         if draw.note:
@@ -261,10 +274,23 @@ class InputProtection:
         for key, noise, leakage in zip(first, draw.noise.cpu().numpy(), draw.leakage.cpu().numpy(), strict=True):
             kept.draws[key] = ((scale * noise).astype(noise.dtype), np.float64(leakage))
 
+    def _pass_until(self, deadline: float) -> Callable[[], None]:
+        def before_pass() -> None:
+            if self._before_pass is not None:
+                self._before_pass()
+            if time.monotonic() >= deadline:
+                raise FLPrivacyError("the client's time limit is over")
+
+        return before_pass
+
     def _prior_std(self, x: Numbers) -> float:
         """Returns τ, and takes what was kept under another one for what it leaks under this one."""
         before = self._kept.prior_std
         now = self._advice.prior_std or before or float(x.std(dtype=np.float64))
+        if not (self._advice.prior_std or before) and len(x) < _FEW:
+            note = f"the prior's width is that of a first batch of {len(x)}: give the audit's settings a prior_std"
+            log(WARNING, "fl_privacy: %s", note)
+            self._notes[note] = None
         if before and now != before:
             self._kept.draws = {
                 key: (noise, np.float64(leakage_under(np.asarray(leakage), before, now)))
@@ -286,20 +312,28 @@ class KeptNoise:
         kept = cls()
         head, arrays = state.config_records.get(_KEPT_KEY), state.array_records.get(_KEPT_ARRAYS_KEY)
         if head is not None and arrays is not None:
-            keys = cast(list[bytes], head["keys"])
-            rows, leakage = arrays["noise"].numpy(), arrays["leakage"].numpy()
-            kept.draws = {key: (row, np.float64(value)) for key, row, value in zip(keys, rows, leakage, strict=True)}
+            keys = iter(cast(list[bytes], head["keys"]))
+            for index in range(len(arrays) // 2):
+                rows, leakage = (arrays[f"{name}.{index}"].numpy() for name in ("noise", "leakage"))
+                for row, value in zip(rows, leakage, strict=True):
+                    kept.draws[next(keys)] = (row, np.float64(value))
             kept.prior_std = float(cast(float, head["prior_std"]))
         return kept
 
     def write(self, state: RecordDict) -> None:
         """Puts what is to be kept into a client's state."""
-        draws = {key: draw for key, draw in self.draws.items() if draw[1] < 1}
-        if not draws:
+        by_shape: dict[tuple[Any, ...], list[bytes]] = {}
+        for key, (kept, leaks) in self.draws.items():
+            if leaks < 1:
+                by_shape.setdefault((kept.shape, kept.dtype), []).append(key)
+        if not by_shape:
             return
-        noise, leakage = (np.stack(parts) for parts in zip(*draws.values(), strict=True))
-        state[_KEPT_KEY] = ConfigRecord({"keys": list(draws), "prior_std": self.prior_std})
-        state[_KEPT_ARRAYS_KEY] = ArrayRecord({"noise": FlowerArray(noise), "leakage": FlowerArray(leakage)})
+        arrays: dict[str, FlowerArray] = {}
+        for index, keys in enumerate(by_shape.values()):
+            noise, leakage = (np.stack(parts) for parts in zip(*(self.draws[key] for key in keys), strict=True))
+            arrays |= {f"noise.{index}": FlowerArray(noise), f"leakage.{index}": FlowerArray(leakage)}
+        state[_KEPT_KEY] = ConfigRecord({"keys": [*itertools.chain(*by_shape.values())], "prior_std": self.prior_std})
+        state[_KEPT_ARRAYS_KEY] = ArrayRecord(arrays)
 
 
 def _bound(bound: float | Tensor, inputs: Numbers) -> Numbers:

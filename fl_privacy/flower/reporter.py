@@ -152,7 +152,12 @@ class Watch:
             yield
             return
         protection = InputProtection(
-            advice, self._context.state, self._capture, generator, memory_budget=options.memory_budget
+            advice,
+            self._context.state,
+            self._capture,
+            generator,
+            memory_budget=options.memory_budget,
+            time_limit=options.time_limit,
         )
         with protection.active():
             yield
@@ -161,7 +166,12 @@ class Watch:
         return self._options.vetoed_by("follow_advice") if self._options else "its configuration cannot be read"
 
     def follow(self, advice: Advice, arrays: ArrayRecord, generator: np.random.Generator) -> ArrayRecord:
-        """Returns the arrays to share with the advised noise on them; unchanged where this client forbids it."""
+        """Returns the arrays to share with the advised noise on them; unchanged where this client forbids it.
+
+        Raises:
+            RecordError: The arrays cannot be clipped and get the noise of a floor for differential privacy, which
+                nothing else stands in for.
+        """
         against = self._against_advice()
         if against:
             log(INFO, "fl_privacy: the advised noise is not put on the update: %s", against)
@@ -169,10 +179,20 @@ class Watch:
         try:
             changed = advice.follow(arrays, self._sent, generator)
         except RecordError as error:
-            log(WARNING, "fl_privacy: the advised noise could not be put on the update: %s", error)
+            self.cannot_follow(advice, error)
             return arrays
         self._applied_noise_std = advice.noise_std
         return changed
+
+    def cannot_follow(self, advice: Advice, error: Exception) -> None:
+        """Logs why an update is shared without the advised noise, which must not cost the training.
+
+        Raises:
+            RecordError: It is that of a floor for differential privacy: then nothing is shared.
+        """
+        if advice.clip_norm is not None and not self._against_advice():
+            raise RecordError(f"nothing is shared, as the floor could not be put on the update: {error}") from error
+        log(WARNING, "fl_privacy: the advised noise could not be put on the update: %s", error)
 
     def record(self, shared: SharedUpdate) -> ConfigRecord:
         """Returns the report as it travels. One that cannot be made says so: it must not cost the training."""

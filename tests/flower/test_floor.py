@@ -70,6 +70,21 @@ def test_a_round_without_the_floor_leaves_no_epsilon_whatever_becomes_of_the_upd
     assert rows(strategy, 1)[20].action == "excluded"
 
 
+def test_an_update_that_cannot_be_clipped_is_not_shared():
+    pytest.importorskip("opacus")
+
+    def ruin(model, batches):
+        with torch.no_grad():
+            next(model.parameters()).fill_(math.nan)
+
+    strategy = audit(floor("advise"))
+    run(strategy, {10: audited_app(), 20: audited_app(train=ruin)})
+    good, bad = (rows(strategy, 1)[node] for node in NODES)
+    assert good.epsilon < math.inf
+    assert (bad.status, bad.epsilon) == (Status.CLIENT_ERROR, None)
+    assert "nothing is shared, as the floor could not be put on the update" in bad.detail
+
+
 def test_noise_that_a_client_says_it_put_on_and_did_not_is_no_epsilon():
     pytest.importorskip("opacus")
 

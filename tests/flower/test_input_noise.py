@@ -44,7 +44,15 @@ NODES = (10, 20)
 
 
 def audit(
-    policy, *, source="trusted", model=new_model, unit="example", target=TARGET, relu_width=RELU_WIDTH, **options
+    policy,
+    *,
+    source="trusted",
+    model=new_model,
+    unit="example",
+    target=TARGET,
+    prior_std=1.0,
+    relu_width=RELU_WIDTH,
+    **options,
 ):
     return InversionAudit(
         Recording(),
@@ -52,7 +60,9 @@ def audit(
         loss=nn.CrossEntropyLoss(),
         policy=policy,
         source=source,
-        settings=AuditSettings(max_examples=4, target_leakage=target, prior_std=1.0, unit=unit, relu_width=relu_width),
+        settings=AuditSettings(
+            max_examples=4, target_leakage=target, prior_std=prior_std, unit=unit, relu_width=relu_width
+        ),
         ledger=None,
         show=False,
         **options,
@@ -393,6 +403,71 @@ def test_a_model_whose_spectrum_cannot_be_had_gets_white_noise():
     assert "the noise is white" in draw.note
     assert (draw.leakage == 0.25).all()
     assert abs(float(draw.noise.std()) / math.sqrt(3) - 1) < 0.5
+
+
+@pytest.mark.parametrize(("once", "leaks"), [(True, 1.0), (False, 0.6)])
+def test_who_meets_the_target_without_noise_gets_it_all_the_same_where_later_rounds_share_it_again(once, leaks):
+    """Two outputs' gradient of a frozen first layer: of 16 inputs no more than two numbers can be known at once."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2), nn.Tanh(), nn.Linear(2, 3))
+    model[1].requires_grad_(False)
+    inputs, labels = batches_of(1)[0]
+    draw = draw_for_examples(
+        GradientUpdate(model, nn.CrossEntropyLoss()),
+        {name: p.detach() for name, p in model.named_parameters()},
+        inputs,
+        labels,
+        target_leakage=0.6,
+        prior_std=1.0,
+        once=once,
+        generator=np.random.default_rng(0),
+    )
+    assert "meet the target without noise" in draw.note
+    assert (draw.leakage == leaks).all()
+    assert bool(draw.noise.any()) is not once
+
+
+def test_noise_that_cannot_be_shaped_in_time_is_white():
+    protection = InputProtection(
+        InputAdvice(target_leakage=0.5, prior_std=1.0),
+        RecordDict(),
+        None,
+        np.random.default_rng(0),
+        memory_budget=DEFAULT_MEMORY_BUDGET,
+        time_limit=1e-9,
+    )
+    inputs, labels = batches_of(1)[0]
+    with protection.active():
+        moved = protected_inputs(new_model(), inputs, labels)
+    noise = moved - inputs
+    assert protection.leakage == 0.5
+    assert abs(float(noise.std()) - 1.0) < 5 / math.sqrt(2 * noise.numel())
+    assert any("time limit is over" in note for note in protection._notes)
+
+
+def test_examples_of_several_shapes_keep_their_noise():
+    state, model = RecordDict(), nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4, 3))
+    batches = [(torch.rand(2, 1, size, size), torch.tensor([0, 1])) for size in (4, 5)]
+    given = []
+    for _ in range(2):
+        protection = InputProtection(
+            InputAdvice(target_leakage=0.5, prior_std=1.0),
+            state,
+            None,
+            np.random.default_rng(),
+            memory_budget=DEFAULT_MEMORY_BUDGET,
+        )
+        with protection.active():
+            given.append([protected_inputs(model, *batch) for batch in batches])
+    for first, second, (inputs, _) in zip(*given, batches, strict=True):
+        torch.testing.assert_close(first, second)
+        assert (first != inputs).any()
+
+
+def test_a_prior_from_a_first_batch_of_few_examples_is_told_of():
+    strategy = audit(Policy(action="advise", family="shaped"), prior_std=None)
+    run(strategy, {10: shaped_app()})
+    assert "the prior's width is that of a first batch of 4" in rows(strategy, 1)[10].detail
 
 
 def test_a_client_audits_its_own_noise_and_only_scalars_leave():
