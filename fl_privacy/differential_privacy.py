@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
+from fl_privacy.checks import check_count, check_positive, check_share
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.extras import require
 
@@ -51,27 +52,41 @@ class GaussianFloor:
     sample_rate: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier > 0):
-            raise InvalidInputError(f"expected a finite noise_multiplier > 0, got {self.noise_multiplier}")
-        if self.rounds < 1:
-            raise InvalidInputError(f"expected rounds >= 1, got {self.rounds}")
+        check_positive(self.noise_multiplier, "noise_multiplier")
+        check_count(self.rounds, "rounds")
         if not 0 < self.sample_rate <= 1:
             raise InvalidInputError(f"expected sample_rate in (0, 1], got {self.sample_rate}")
 
     @classmethod
     def of(cls, *, noise_std: float, clip_norm: float, rounds: int = 1) -> GaussianFloor:
-        """Returns the floor of noise σ on updates that were clipped to norm C."""
-        if not (math.isfinite(clip_norm) and clip_norm > 0):
-            raise InvalidInputError(
-                f"expected a finite clip_norm > 0, got {clip_norm}: noise on what is not clipped is not private"
-            )
+        """Returns the floor of noise on updates that were clipped: what is not clipped is not private.
+
+        Args:
+            noise_std: σ per parameter, in units of the update.
+            clip_norm: C, in units of the update.
+            rounds: T.
+
+        Raises:
+            InvalidInputError: A number is out of range.
+        """
+        check_positive(clip_norm, "clip_norm")
         return cls(noise_multiplier=noise_std / (2 * clip_norm), rounds=rounds)
 
     @classmethod
     def for_epsilon(cls, epsilon: float, *, delta: float, rounds: int = 1, sample_rate: float = 1.0) -> GaussianFloor:
-        """Returns the least noise, to 1e-4 of it, whose rounds are (ε, δ)-differentially private together."""
-        if not (math.isfinite(epsilon) and epsilon > 0):
-            raise InvalidInputError(f"expected a finite epsilon > 0, got {epsilon}")
+        """Returns the least noise, to 1e-4 of it, whose rounds are (ε, δ)-differentially private together.
+
+        Args:
+            epsilon: ε of all rounds.
+            delta: δ of all rounds.
+            rounds: T.
+            sample_rate: As for the class.
+
+        Raises:
+            InvalidInputError: A number is out of range, or no noise reaches this ε at this δ.
+            ImportError: The extra `dp` is not installed.
+        """
+        check_positive(epsilon, "epsilon")
         low, high = 1e-3, 1.0
         while cls(noise_multiplier=high, rounds=rounds, sample_rate=sample_rate).epsilon(delta) > epsilon:
             low, high = high, 2 * high
@@ -85,9 +100,18 @@ class GaussianFloor:
 
     @classmethod
     def for_leakage_bound(cls, leakage: float, *, input_dim: int, rounds: int = 1) -> GaussianFloor:
-        """Returns the noise at which no attacker on any model recovers more than a share of D elements' variance."""
-        _check_share(leakage, "leakage")
-        _check_dim(input_dim)
+        """Returns the noise at which no attacker on any model recovers more than a share of D elements' variance.
+
+        Args:
+            leakage: The share, over all rounds; the attacker's prior is Gaussian.
+            input_dim: D.
+            rounds: T.
+
+        Raises:
+            InvalidInputError: A number is out of range.
+        """
+        check_share(leakage, "leakage")
+        check_count(input_dim, "input_dim")
         nats = -input_dim / 2 * math.log1p(-leakage)
         return cls(noise_multiplier=math.sqrt(rounds / (8 * nats)), rounds=rounds)
 
@@ -102,7 +126,7 @@ class GaussianFloor:
             InvalidInputError: δ is not between 0 and 1.
             ImportError: The extra `dp` is not installed.
         """
-        _check_share(delta, "delta")
+        check_share(delta, "delta")
         analysis = require("opacus.accountants.analysis.rdp", extra="dp")
         spent = analysis.compute_rdp(
             q=self.sample_rate, noise_multiplier=self.noise_multiplier, steps=self.rounds, orders=_ORDERS
@@ -116,13 +140,29 @@ class GaussianFloor:
         return self.rounds / (8 * self.noise_multiplier**2)
 
     def leakage_bound(self, input_dim: int) -> float:
-        """Returns 1 − exp(−2I/D), the most that any attacker recovers of D elements with a Gaussian prior."""
-        _check_dim(input_dim)
+        """Returns 1 − exp(−2I/D), the share of variance that any attacker recovers at most, I being `information`.
+
+        Args:
+            input_dim: D, elements with a Gaussian prior.
+
+        Raises:
+            InvalidInputError: D is no count.
+        """
+        check_count(input_dim, "input_dim")
         return -math.expm1(-2 * self.information / input_dim)
 
     def rmse_bound(self, input_dim: int, prior_std: float) -> float:
-        """Returns τ·exp(−I/D), the least error per element of any attacker with a Gaussian prior."""
-        _check_dim(input_dim)
+        """Returns τ·exp(−I/D), the least rmse per element of any attacker, I being `information`.
+
+        Args:
+            input_dim: D, elements with a Gaussian prior.
+            prior_std: τ, whose units the error has.
+
+        Raises:
+            InvalidInputError: D is no count, or τ not above 0.
+        """
+        check_count(input_dim, "input_dim")
+        check_positive(prior_std, "prior_std")
         return prior_std * math.exp(-self.information / input_dim)
 
     def success_bound(self, baseline: float) -> float:
@@ -130,8 +170,14 @@ class GaussianFloor:
 
         Φ(Φ⁻¹(κ) + √T/z), whatever counts as success (Hayes, Mahloujifar, Balle: Bounding training data reconstruction
         in DP-SGD, 2023), taking part in every round.
+
+        Args:
+            baseline: κ.
+
+        Raises:
+            InvalidInputError: κ is no probability strictly between 0 and 1.
         """
-        _check_share(baseline, "baseline")
+        check_share(baseline, "baseline")
         normal = NormalDist()
         return normal.cdf(normal.inv_cdf(baseline) + math.sqrt(self.rounds) / self.noise_multiplier)
 
@@ -139,7 +185,16 @@ class GaussianFloor:
         """Returns each unit's leakage over all rounds at this noise, the upper end of what its spectrum tells.
 
         As if every round had the G of this one: T shares with noise σ tell what one with σ/√T does.
+
+        Args:
+            spectrum: Of U units.
+            clip_norm: C, in units of the update.
+            prior_std: τ.
+
+        Raises:
+            InvalidInputError: A number is out of range.
         """
+        check_positive(clip_norm, "clip_norm")
         effective = self.noise_std(clip_norm) / math.sqrt(self.rounds)
         return [float(value) for value in spectrum.leakage(effective, prior_std).upper]
 
@@ -148,6 +203,13 @@ def floor_for_leakage(
     spectrum: Spectrum, *, target_leakage: float, clip_norm: float, prior_std: float, rounds: int = 1
 ) -> GaussianFloor:
     """Returns the noise that brings every unit of a spectrum to its target over all rounds, as a floor with an ε.
+
+    Args:
+        spectrum: Of U units.
+        target_leakage: L of each.
+        clip_norm: C, in units of the update.
+        prior_std: τ.
+        rounds: T, as if every round had the G of this one.
 
     Raises:
         InvalidInputError: A unit has no spectrum, or none needs noise: then there is no floor, and no ε.
@@ -186,7 +248,20 @@ def epsilon_table(
     prior_std: float,
     rounds: int = 1,
 ) -> list[EpsilonRow]:
-    """Returns, for each ε, what it bounds and what it means for the units of a spectrum."""
+    """Returns, for each ε, what it bounds and what it means for the units of a spectrum.
+
+    Args:
+        spectrum: Of U units.
+        epsilons: Of all rounds together, each.
+        delta: δ of all rounds.
+        clip_norm: C, in units of the update.
+        prior_std: τ.
+        rounds: T.
+
+    Raises:
+        InvalidInputError: A number is out of range.
+        ImportError: The extra `dp` is not installed.
+    """
     rows = []
     for epsilon in epsilons:
         floor = GaussianFloor.for_epsilon(epsilon, delta=delta, rounds=rounds)
@@ -202,13 +277,3 @@ def epsilon_table(
             )
         )
     return rows
-
-
-def _check_share(value: float, name: str) -> None:
-    if not 0 < value < 1:
-        raise InvalidInputError(f"expected {name} strictly between 0 and 1, got {value}")
-
-
-def _check_dim(input_dim: int) -> None:
-    if input_dim < 1:
-        raise InvalidInputError(f"expected input_dim >= 1, got {input_dim}")

@@ -6,7 +6,7 @@ import math
 import re
 import traceback
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from logging import WARNING
 
@@ -76,6 +76,11 @@ class PolicyActions:
             return min(self._target_leakage, self.policy.targets.get(contested[1], math.inf))
         return self.policy.targets.get(client, self._target_leakage)
 
+    def absent(self, clients: Iterable[str]) -> list[str]:
+        """Returns the names with a target of their own that none of these clients has."""
+        named = {contested[1] if (contested := _CONTESTED.fullmatch(client)) else client for client in clients}
+        return sorted(set(self.policy.targets) - named)
+
     def advice_for(self, node_id: int, client: str) -> Advice | InputAdvice | None:
         """Returns what a client is to be told with the next message; `None` if nothing.
 
@@ -104,8 +109,8 @@ class PolicyActions:
         Args:
             average_norm: Of what the round changed the global parameters by.
         """
-        if self.policy.family != "auto":
-            return
+        if self.policy.family != "auto" or not average_norm > 0:
+            return  # a round that changed nothing says nothing
         for node_id, required in self._required.items():
             if node_id in self._families:
                 continue

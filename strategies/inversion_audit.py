@@ -240,6 +240,13 @@ class InversionAudit(Strategy):
             self._write([])
             close_all(self.callbacks)
         if self.estimates:
+            if absent := self._actions.absent(clients := {row.client for row in self.estimates}):
+                log(
+                    WARNING,
+                    "the policy has targets for %s, but no client reported under such a name; clients: %s",
+                    ", ".join(absent[:5]),
+                    ", ".join(sorted(clients)[:10]),
+                )
             head = self._head()
             self._display.summary(self.estimates, ledger=self._ledger_name, run_id=self.run_id, head=head)
 

@@ -7,7 +7,8 @@ beside an average update of length ‖ū‖:
 
 Noise on the inputs that is kept is a bias, of power τ²(1/L − 1) where it is white: relative to the inputs' own, it
 depends on the target L alone. A little of it costs a model nothing, or helps it as augmentation does; much of it hides
-what there is to learn. So isotropic noise is chosen where its relative noise is at most a multiple of that power.
+what there is to learn. So isotropic noise is chosen where its relative noise is at most a multiple of that power. σ is
+taken without the margin on advice, as it was where the multiple was found.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import math
 
 from fl_privacy.audit.settings import Family
+from fl_privacy.checks import check_count, check_share
 
 _MOST_PER_POWER = 0.9
 """Relative noise of the isotropic family, per relative power of noise on inputs, up to which it is the cheaper one: the
@@ -31,7 +33,12 @@ def relative_noise(noise_std: float, *, update_dim: int, average_norm: float, nu
         average_norm: ‖ū‖, of the average of all clients' updates.
         num_clients: C.
         shares: T, how many shares of one example must meet the target together.
+
+    Raises:
+        InvalidInputError: C or T is no count.
     """
+    check_count(num_clients, "num_clients")
+    check_count(shares, "shares")
     if not average_norm > 0:
         return math.inf
     return noise_std * math.sqrt(shares * update_dim / num_clients) / average_norm
@@ -43,6 +50,10 @@ def cheaper_family(relative: float, *, target_leakage: float) -> Family:
     Args:
         relative: Noise of the isotropic family, as `relative_noise` returns it.
         target_leakage: L.
+
+    Raises:
+        InvalidInputError: L is not strictly between 0 and 1.
     """
+    check_share(target_leakage, "target_leakage")
     power = 1 / target_leakage - 1
     return "isotropic" if relative <= _MOST_PER_POWER * power else "shaped"

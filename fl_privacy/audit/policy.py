@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 from fl_privacy.audit.estimate import LeakageEstimate
 from fl_privacy.audit.settings import Covariance
+from fl_privacy.checks import check_count, check_positive, check_share, is_number
 from fl_privacy.differential_privacy import GaussianFloor
 from fl_privacy.errors import InvalidInputError
 
@@ -37,7 +38,7 @@ class Policy:
             sees what comes after, not against the server. `exclude`: the update of a client that leaks more than the
             limit is left out.
         targets: Leakage that a client is to be brought down to, by its name; the others' is the audit's
-            `target_leakage`.
+            `target_leakage`. Names that no client had are logged at the end of the run.
         limit: Leakage above which `exclude` leaves a client out, on the upper end of its interval. `None`: its target.
         margin: Factor on the noise that is advised: it was measured a round before it is used, and training goes on.
         shares: T, the number of shares of one example that must meet the target together. Kept noise needs none.
@@ -51,8 +52,9 @@ class Policy:
         kept: Whether shaped noise is drawn once for an example, or in every round.
         clip_norm: C. Together with `noise_multiplier`, noise is a floor for differential privacy: every update is
             clipped to norm C and gets N(0, (2zC)²) on each parameter from the first round on, whatever an audit finds,
-            as noise whose size depends on the data is not private. Rows have ε of a client's rounds so far, beside its
-            leakage, and say so where that is above the target: the floor alone is put on.
+            as noise whose size depends on the data is not private. Rows have ε of the trained parameters that a client
+            shared so far, beside its leakage, and say so where that is above the target: the floor alone is put on.
+            Metrics and numbers of examples leave a client as its app made them, and are not part of ε.
         noise_multiplier: z.
         delta: δ that ε is told for.
         dry_run: Rows say what would be done, and nothing is.
@@ -91,22 +93,27 @@ class Policy:
         self._check_floor()
         if self.family == "auto" and self.action != "advise":
             raise InvalidInputError(f"expected family isotropic or shaped for the action {self.action}, got auto")
+        if self.family == "shaped" and self.action not in ("advise", "perturb"):
+            raise InvalidInputError(
+                f"expected the action advise or perturb for the family shaped, got {self.action}: it puts on no noise"
+            )
         if self.action == "perturb" and self.family == "shaped" and self.covariance == "public":
             raise InvalidInputError(
                 "expected covariance client or white for noise that the server puts on: public examples are given to "
                 "protected_inputs, on clients"
             )
         for client, target in self.targets.items():
-            if not 0 < target < 1:
-                raise InvalidInputError(
-                    f"expected the target of client {client} strictly between 0 and 1, got {target}"
-                )
-        if self.limit is not None and not 0 < self.limit <= 1:
-            raise InvalidInputError(f"expected a limit in (0, 1], got {self.limit}")
-        if not (math.isfinite(self.margin) and self.margin >= 1):
-            raise InvalidInputError(f"expected a finite margin >= 1, got {self.margin}")
-        if self.shares < 1:
-            raise InvalidInputError(f"expected shares >= 1, got {self.shares}")
+            if not isinstance(client, str):
+                raise InvalidInputError(f"expected targets by name of the client, a text, got {client!r}")
+            check_share(target, f"the target of client {client}")
+        if self.limit is not None and not (is_number(self.limit) and 0 < self.limit <= 1):
+            raise InvalidInputError(f"expected a limit in (0, 1], got {self.limit!r}")
+        if not (is_number(self.margin) and self.margin >= 1):
+            raise InvalidInputError(f"expected a finite margin >= 1, got {self.margin!r}")
+        check_count(self.shares, "shares")
+        for name in ("kept", "dry_run"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidInputError(f"expected {name} to be True or False, got {getattr(self, name)!r}")
 
     def _check_floor(self) -> None:
         if (self.clip_norm is None) != (self.noise_multiplier is None):
@@ -114,11 +121,9 @@ class Policy:
                 "expected clip_norm and noise_multiplier together: one without the other is no floor"
             )
         for name in ("clip_norm", "noise_multiplier"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise InvalidInputError(f"expected a finite {name} > 0, got {value}")
-        if not 0 < self.delta < 1:
-            raise InvalidInputError(f"expected delta strictly between 0 and 1, got {self.delta}")
+            if getattr(self, name) is not None:
+                check_positive(getattr(self, name), name)
+        check_share(self.delta, "delta")
         if self.clip_norm is not None and (self.action not in ("advise", "perturb") or self.family != "isotropic"):
             raise InvalidInputError(
                 "expected the action advise or perturb and the family isotropic with a clip_norm, got "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 
 import numpy as np
@@ -351,14 +352,31 @@ def test_advice_for_another_model_is_not_followed():
     assert report_of(reply).applied_noise_std is None
 
 
+def test_a_target_whose_client_never_came_is_told_of_at_the_end(caplog):
+    strategy = audit(Policy(action="perturb", targets={"10": 0.9, "hospital-3": 0.1}))
+    with caplog.at_level(logging.WARNING):
+        run(strategy, {10: audited_app()})
+    (line,) = [record.getMessage() for record in caplog.records if "targets for" in record.getMessage()]
+    assert "hospital-3" in line
+    assert line.endswith("clients: 10")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"action": "warn"}, "expected a policy's action to be one of report, advise, perturb, exclude, got 'warn'"),
         ({"targets": {"7": 1.0}}, "expected the target of client 7 strictly between 0 and 1, got 1.0"),
         ({"limit": 0.0}, r"expected a limit in \(0, 1\], got 0.0"),
-        ({"shares": 0}, "expected shares >= 1, got 0"),
+        ({"limit": "0.5"}, r"expected a limit in \(0, 1\], got '0.5'"),
+        ({"shares": 0}, "expected a whole number shares >= 1, got 0"),
+        ({"shares": math.nan}, "expected a whole number shares >= 1, got nan"),
+        ({"shares": 2.5}, "expected a whole number shares >= 1, got 2.5"),
         ({"margin": 0.5}, "expected a finite margin >= 1, got 0.5"),
+        ({"margin": "2"}, "expected a finite margin >= 1, got '2'"),
+        ({"dry_run": "no"}, "expected dry_run to be True or False, got 'no'"),
+        ({"targets": {7: 0.5}}, "expected targets by name of the client, a text, got 7"),
+        ({"targets": {"7": "0.5"}}, "expected the target of client 7 strictly between 0 and 1, got '0.5'"),
+        ({"family": "shaped"}, "expected the action advise or perturb for the family shaped, got report"),
     ],
 )
 def test_a_policy_out_of_range_is_named(options, message):

@@ -116,9 +116,9 @@ def test_bad_input_is_named() -> None:
     floor = GaussianFloor(noise_multiplier=1.0)
     for match, call in {
         "noise_multiplier > 0": lambda: GaussianFloor(noise_multiplier=0.0),
-        "rounds >= 1": lambda: GaussianFloor(noise_multiplier=1.0, rounds=0),
+        "rounds >= 1": lambda: GaussianFloor(noise_multiplier=1.0, rounds=2.5),
         "sample_rate in": lambda: GaussianFloor(noise_multiplier=1.0, sample_rate=0.0),
-        "not clipped is not private": lambda: GaussianFloor.of(noise_std=1.0, clip_norm=math.inf),
+        "finite clip_norm > 0": lambda: GaussianFloor.of(noise_std=1.0, clip_norm=math.inf),
         "epsilon > 0": lambda: GaussianFloor.for_epsilon(-1.0, delta=1e-5),
         "delta strictly": lambda: floor.epsilon(0.0),
         "input_dim >= 1": lambda: floor.leakage_bound(0),
