@@ -19,7 +19,7 @@ from fl_privacy.commands.options import (
     ReluWidthOption,
     SeedOption,
 )
-from fl_privacy.commands.progress import print_json, result_console, user_errors
+from fl_privacy.commands.progress import print_json, progress_bar, result_console, user_errors
 
 if TYPE_CHECKING:
     from fl_privacy.pictures import Picture
@@ -51,7 +51,9 @@ def picture(
     with user_errors():
         from fl_privacy.pictures import draw_picture
         from fl_privacy.pictures.defended import PictureSettings, defended_picture
+        from fl_privacy.pictures.drawing import check_format
 
+        check_format(output)
         settings = PictureSettings(
             dataset=dataset,
             data_root=data_root,
@@ -64,7 +66,8 @@ def picture(
             **({"noise_stds": tuple(noise)} if noise else {}),
             **({"prune": tuple(prune)} if prune else {}),
         )
-        drawn = defended_picture(settings)
+        with progress_bar("attacking") as progress:
+            drawn = defended_picture(settings, progress=progress)
         title = f"What an attacker rebuilds of image {image} ({dataset}, {model})"
         draw_picture(drawn, output, title=title, bounds=(0.0, 1.0))
     if as_json:
@@ -76,16 +79,29 @@ def picture(
 
 
 def _plain(drawn: Picture, output: Path) -> dict[str, object]:
-    fields = ("name", "leakage", "predicted", "reached", "explained")
-    panels = [{field: getattr(panel, field) for field in fields} for panel in drawn.panels]
+    panels = [
+        {
+            "name": panel.name,
+            "leakage": panel.leakage.value,
+            "leakage_interval": [panel.leakage.lower, panel.leakage.upper],
+            "predicted": panel.predicted.value,
+            "predicted_interval": [panel.predicted.lower, panel.predicted.upper],
+            "reached": panel.reached,
+            "explained": panel.explained,
+        }
+        for panel in drawn.panels
+    ]
     return {"output": str(output), "prior_std": drawn.prior_std, "panels": panels}
 
 
 def _table(drawn: Picture) -> Table:
+    from fl_privacy.pictures.drawing import span_text
+
     table = Table(caption="errors: root mean square per pixel; failed: what was rebuilt does not explain the update")
     for heading in ("shared", "leakage", "predicted error", "reached error"):
         table.add_column(heading, justify="left" if heading == "shared" else "right")
     for panel in drawn.panels:
         reached = f"{panel.reached:.3g}" + ("" if panel.explained else " (failed)")
-        table.add_row(Text(panel.name), f"{panel.leakage:.1%}", f"{panel.predicted:.3g}", reached)
+        leakage, error = span_text(panel.leakage, "{:.1%}"), span_text(panel.predicted, "{:.3g}")
+        table.add_row(Text(panel.name), Text(leakage), Text(error), reached)
     return table

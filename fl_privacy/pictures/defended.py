@@ -15,7 +15,9 @@ from fl_privacy.influence.lanczos import function_of_gram
 from fl_privacy.influence.recommendation import NoiseRecommendation, recommend_noise
 from fl_privacy.influence.sampling import draw_input_noise
 from fl_privacy.influence.spectrum import Spectrum, estimate_spectrum
-from fl_privacy.pictures.rebuilding import Panel, Picture, SharedUpdate, rebuild
+from fl_privacy.interval import Interval
+from fl_privacy.pictures.rebuilding import Panel, Picture, Progress, SharedUpdate, rebuild
+from fl_privacy.reference import load_dataset
 from fl_privacy.reference.initialization import Initialization
 from fl_privacy.studies.scene import Scene, SceneSettings
 from fl_privacy.studies.settings import Settings, option, relu_width_option
@@ -40,7 +42,9 @@ class PictureSettings(Settings):
     relu_width: float = relu_width_option()
 
 
-def defended_picture(settings: PictureSettings, *, attack: Attack | None = None) -> Picture:
+def defended_picture(
+    settings: PictureSettings, *, attack: Attack | None = None, progress: Progress | None = None
+) -> Picture:
     """Returns the image, what an attacker rebuilds of its gradient as it is, and what of it behind each defence.
 
     The attacker knows model, label and mechanism, of shaped noise the covariance too, and holds a prior from 2,000
@@ -49,6 +53,7 @@ def defended_picture(settings: PictureSettings, *, attack: Attack | None = None)
     Args:
         settings: Which image, and what is done to its gradient.
         attack: Who rebuilds. Default: `GaussNewton()`.
+        progress: Told (panels done, panels to do).
 
     Raises:
         InvalidInputError: There is no such image, or the target is not below 1.
@@ -56,6 +61,9 @@ def defended_picture(settings: PictureSettings, *, attack: Attack | None = None)
     """
     if settings.target_leakage >= 1:
         raise InvalidInputError(f"expected a target leakage below 1, got {settings.target_leakage}")
+    available = len(load_dataset(settings.dataset, root=settings.data_root).test)
+    if settings.image >= available:
+        raise InvalidInputError(f"expected an image in [0, {available}), got {settings.image}")
     attack = attack or GaussNewton()
     scene = Scene.of(
         SceneSettings(
@@ -87,6 +95,12 @@ def defended_picture(settings: PictureSettings, *, attack: Attack | None = None)
         shared = mechanism.apply(update, generator)
         versions.append(SharedUpdate(name, shared[0], mechanism.noise(shared)))
     images, labels = scene.images[settings.image], scene.labels[settings.image]
+    total = len(versions) + recommended
+
+    def told(done: int, _versions: int) -> None:
+        if progress is not None:
+            progress(done, total)
+
     picture = rebuild(
         scene.update,
         scene.params,
@@ -96,10 +110,14 @@ def defended_picture(settings: PictureSettings, *, attack: Attack | None = None)
         prior=scene.prior,
         attack=attack,
         relu_width=scene.relu_width,
+        progress=told,
     )
-    if not recommended:
-        return picture
-    return replace(picture, panels=(*picture.panels, _shaped(settings, attack, scene, jacobian, spectrum, law)))
+    if recommended:
+        told(len(versions), total)
+        shaped = _shaped(settings, attack, scene, jacobian, spectrum, law)
+        picture = replace(picture, panels=(*picture.panels, shaped))
+    told(total, total)
+    return picture
 
 
 def _shaped(
@@ -127,12 +145,12 @@ def _shaped(
     rebuilt = (mean + function_of_gram(jacobian, share, found.inputs.flatten(1) - mean, _MAX_STEPS)).reshape(
         truth.shape
     )
-    leakage = float(spectrum.mean(share))
+    leakage = Interval(*map(float, spectrum.mean_of_increasing(share)))
     return Panel(
         name=f"shaped for {settings.target_leakage:.0%}",
         rebuilt=rebuilt[0, 0],
         leakage=leakage,
-        predicted=tau * max(0.0, 1 - leakage) ** 0.5,
+        predicted=Interval(*(tau * max(0.0, 1 - share) ** 0.5 for share in reversed(leakage))),
         reached=float(rmse(rebuilt, truth)),
         explained=bool(found.explained),
     )

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from fl_privacy.errors import InvalidInputError
+from fl_privacy.extras import require
+from fl_privacy.interval import Interval
 from fl_privacy.pictures.rebuilding import Panel, Picture
 from fl_privacy.studies.study import save_figure
 
@@ -18,6 +20,17 @@ if TYPE_CHECKING:
 
 _PANEL = 1.75
 """Width of a panel in inches."""
+
+
+def check_format(path: Path) -> None:
+    """Checks that a picture can be written to a path, before the work of making one.
+
+    Raises:
+        InvalidInputError: The path's ending is no format of pictures.
+    """
+    known = sorted(require("matplotlib.backend_bases").FigureCanvasBase.get_supported_filetypes())
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise InvalidInputError(f"expected a picture's file to end in one of {', '.join(known)}, got {path.name!r}")
 
 
 def draw_picture(picture: Picture, path: Path, *, title: str = "", bounds: tuple[float, float] | None = None) -> None:
@@ -44,10 +57,21 @@ def draw_picture(picture: Picture, path: Path, *, title: str = "", bounds: tuple
         _show(row[0], picture.original, low, high, "original", "")
         _show(row[1], picture.prior_mean, low, high, "before any update", f"error {picture.prior_std:.3g}")
         for axes, panel in zip(row[2:], picture.panels, strict=True):
-            text = f"leaks {panel.leakage:.0%}\npredicted {panel.predicted:.3g}\n{reached_text(picture, panel)}"
-            _show(axes, panel.rebuilt, low, high, panel.name, text)
+            _show(axes, panel.rebuilt, low, high, panel.name, panel_text(picture, panel))
 
     save_figure(path, draw, size=(_PANEL * (2 + len(picture.panels)), _PANEL + (1.2 if title else 1.0)))
+
+
+def panel_text(picture: Picture, panel: Panel) -> str:
+    """Returns what is said below a panel: leakage and error as predicted, and what the attack reached."""
+    leakage, error = span_text(panel.leakage, "{:.0%}"), span_text(panel.predicted, "{:.3g}")
+    return f"leaks {leakage}\npredicted {error}\n{reached_text(picture, panel)}"
+
+
+def span_text(interval: Interval[float], form: str) -> str:
+    """Returns a value as it is printed, with its bounds where these are other numbers."""
+    lower, value, upper = (form.format(number) for number in interval)
+    return value if lower == value == upper else f"{value} [{lower}, {upper}]"
 
 
 def reached_text(picture: Picture, panel: Panel) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,9 +30,13 @@ from fl_privacy.influence.layout import ParameterLayout
 from fl_privacy.influence.rounding import rounded_off
 from fl_privacy.influence.spectrum import estimate_spectrum
 from fl_privacy.influence.update import UpdateMap
+from fl_privacy.interval import Interval
 
-_MAX_STEPS = 128
-"""Lanczos steps per probe, of four, for the predicted error: all there is of inputs of up to 512 elements."""
+Progress = Callable[[int, int], None]
+"""Told (versions done, versions to do)."""
+
+_MAX_STEPS = 256
+"""Lanczos steps per probe, of four, for the predicted error: all there is of inputs of up to 1,024 elements."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,16 +63,16 @@ class Panel:
     Attributes:
         name: Of the version.
         rebuilt: The example `[*shape]`.
-        leakage: Predicted share of its variance that is recovered.
-        predicted: Predicted error.
+        leakage: Predicted share of its variance that is recovered, with what is known of it.
+        predicted: Predicted error, with what is known of it.
         reached: The attack's error.
         explained: Whether what was rebuilt explains the update; if not, the attack failed and shows nothing.
     """
 
     name: str
     rebuilt: Tensor
-    leakage: float
-    predicted: float
+    leakage: Interval[float]
+    predicted: Interval[float]
     reached: float
     explained: bool
 
@@ -101,6 +105,7 @@ def rebuild(
     prior: GaussianPrior,
     attack: Attack | None = None,
     relu_width: float = RELU_WIDTH,
+    progress: Progress | None = None,
 ) -> Picture:
     """Returns what is rebuilt of one example from each version of the update, the rest of its batch being known.
 
@@ -114,6 +119,7 @@ def rebuild(
         prior: What the attacker believes of it, in the dtype of the inputs.
         attack: Who rebuilds. Default: `GaussNewton()`.
         relu_width: Of the ReLUs in predictions, as `AuditSettings.relu_width`.
+        progress: Told (versions done, versions to do).
 
     Raises:
         InvalidInputError: There is no version or no such example.
@@ -127,7 +133,9 @@ def rebuild(
     jacobian = UpdateJacobian(smooth, params, inputs[None], labels[None], private=private)
     truth = inputs[example][None, None]
     panels = []
-    for version in versions:
+    for done, version in enumerate(versions):
+        if progress is not None:
+            progress(done, len(versions))
         problem = AttackProblem(
             update=update,
             params=params,
@@ -236,8 +244,12 @@ def _rounding(update: Tensor) -> IsotropicNoise:
     return IsotropicNoise((PRECISION * rms).clamp(min=torch.finfo(torch.float32).tiny))
 
 
-def predicted_recovery(jacobian: UpdateJacobian, noise: Noise, prior_std: float) -> tuple[float, float]:
+def predicted_recovery(
+    jacobian: UpdateJacobian, noise: Noise, prior_std: float
+) -> tuple[Interval[float], Interval[float]]:
     """Returns the predicted leakage and error against an attacker who weighs entries by their noise.
+
+    Of inputs of up to 1,024 elements both are exact; of larger ones the spectrum is sampled.
 
     Args:
         jacobian: One unit.
@@ -256,4 +268,5 @@ def predicted_recovery(jacobian: UpdateJacobian, noise: Noise, prior_std: float)
         raise InvalidInputError(f"expected isotropic or independent noise, got {type(noise).__name__}")
     ridge = (least / prior_std) ** 2
     spectrum = estimate_spectrum(jacobian, max_steps=_MAX_STEPS, ridge=ridge)
-    return float(spectrum.leakage(least, prior_std).value), float(spectrum.rmse(least, prior_std).value)
+    leakage, error = spectrum.leakage(least, prior_std), spectrum.rmse(least, prior_std)
+    return Interval(*map(float, leakage)), Interval(*map(float, error))

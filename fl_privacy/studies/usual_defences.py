@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fl_privacy.attacks import GaussNewton, IndependentNoise, IsotropicNoise, Noise
 from fl_privacy.attacks.mechanisms import PRECISION, AddedNoise, HalfPrecision, Mechanism, Pruning, UniformQuantization
+from fl_privacy.influence.jacobian import UpdateJacobian
 from fl_privacy.pictures.rebuilding import observed_version, predicted_recovery
 from fl_privacy.studies.results import Portion
 from fl_privacy.studies.scene import Scene, SceneSettings
@@ -135,11 +136,11 @@ def _rows(scene: Scene, image: int, share: float) -> Iterator[UsualDefencesRow]:
         rms = float((shared - update).norm()) / math.sqrt(update.shape[-1])
         least = PRECISION * float(update.norm()) / math.sqrt(update.shape[-1])
         power = IsotropicNoise(torch.tensor([max(rms, least)], device=update.device))
-        equal = predicted_recovery(jacobian, power, scene.prior.std)
+        equal = _recovery(scene, jacobian, power)
         leaning = isinstance(version.noise, IndependentNoise)
-        audited = predicted_recovery(jacobian, version.noise, scene.prior.std) if leaning else equal
+        audited = _recovery(scene, jacobian, version.noise) if leaning else equal
         audited = max(equal, audited)  # by leakage, the first of the pair
-        informed = predicted_recovery(jacobian, arm.mechanism.equivalent(shared), scene.prior.std)
+        informed = _recovery(scene, jacobian, arm.mechanism.equivalent(shared))
         yield UsualDefencesRow(
             image=image,
             defence=arm.name,
@@ -156,6 +157,12 @@ def _rows(scene: Scene, image: int, share: float) -> Iterator[UsualDefencesRow]:
             informed_error=float(scene.errors([image], sharper.inputs)),
             explained=bool(found.explained),
         )
+
+
+def _recovery(scene: Scene, jacobian: UpdateJacobian, noise: Noise) -> tuple[float, float]:
+    """Predicted leakage and error."""
+    leakage, error = predicted_recovery(jacobian, noise, scene.prior.std)
+    return leakage.value, error.value
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:

@@ -62,6 +62,9 @@ def test_images_too_large_for_an_exact_spectrum_are_drawn_behind_shaped_noise_to
     assert shaped["name"] == "shaped for 50%"
     assert 0.4 < shaped["leakage"] <= 0.5 + 1e-9
     assert 0.7 < shaped["reached"] / shaped["predicted"] < 1.3
+    for panel in json.loads(outcome.stdout)["panels"]:
+        lower, upper = panel["leakage_interval"]
+        assert 0 <= lower <= panel["leakage"] <= upper <= 1
 
 
 def test_behind_relus_the_recommended_noise_is_that_of_its_prediction():
@@ -70,22 +73,23 @@ def test_behind_relus_the_recommended_noise_is_that_of_its_prediction():
         settings, attack=GaussNewton(max_steps=1, max_products=8, rounded_steps=(), rounding=(), hops=0)
     )
     panels = {panel.name: panel for panel in drawn.panels}
-    assert panels["isotropic for 50%"].leakage == pytest.approx(0.5, abs=0.01)
-    assert 0.4 < panels["shaped for 50%"].leakage <= 0.5 + 1e-9
+    assert panels["isotropic for 50%"].leakage.value == pytest.approx(0.5, abs=0.01)
+    assert 0.4 < panels["shaped for 50%"].leakage.value <= 0.5 + 1e-9
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--target-leakage", "1"), "expected a target leakage below 1, got 1.0"),
-        (("--image", "100000"), "images, got 100001"),
+        (("--image", "100000"), "expected an image in [0, 359), got 100000"),
         (("--model", "vgg"), "unknown model 'vgg'"),
         (("--prune", "1"), "expected a share in [0, 1), got 1.0"),
         (("--noise", "0"), "expected noise_stds > 0"),
+        (("-o", "one.xyz"), "expected a picture's file to end in one of"),
     ],
 )
 def test_what_cannot_be_drawn_is_one_line_and_exit_code_2(arguments, message, tmp_path):
-    outcome = invoke(*arguments, "-o", str(tmp_path / "no.png"))
+    outcome = invoke("-o", str(tmp_path / "no.png"), *arguments)
     assert outcome.exit_code == 2
     assert message in outcome.stderr
     assert not (tmp_path / "no.png").exists()

@@ -11,10 +11,12 @@ from matplotlib.image import imread
 
 from fl_privacy.attacks import GaussianPrior, IndependentNoise, IsotropicNoise
 from fl_privacy.errors import InvalidInputError
+from fl_privacy.interval import Interval
 from fl_privacy.pictures import draw_picture, rebuild_client
-from fl_privacy.pictures.drawing import reached_text
-from fl_privacy.pictures.rebuilding import observed_version
+from fl_privacy.pictures.drawing import reached_text, span_text
+from fl_privacy.pictures.rebuilding import observed_version, predicted_recovery
 from tests.audit.cases import PRIOR, SIDE, flat, new_context, new_model, new_task, noisy, params_of, scaled
+from tests.influence.cases import prescribed, with_eigenvalues
 
 BELIEF = GaussianPrior(torch.zeros(1, SIDE, SIDE), PRIOR)
 
@@ -41,7 +43,7 @@ def picture():
 def test_the_raw_update_gives_the_example_away_and_so_do_clipping_and_pruning(picture):
     for panel in picture.panels[:3]:
         torch.testing.assert_close(panel.rebuilt, picture.original, atol=1e-2, rtol=0)
-        assert panel.leakage > 0.999
+        assert panel.leakage.lower > 0.999
         assert panel.reached < 1e-2
         assert panel.explained
 
@@ -49,10 +51,26 @@ def test_the_raw_update_gives_the_example_away_and_so_do_clipping_and_pruning(pi
 def test_noise_leaves_the_error_that_was_predicted(picture):
     noise = picture.panels[3]
     assert (picture.panels[0].name, noise.name) == ("raw update", "noise")
-    assert 0.2 < noise.leakage < 0.95
-    assert noise.predicted == pytest.approx((1 - noise.leakage) ** 0.5 * PRIOR, rel=0.02)
-    assert 0.5 < noise.reached / noise.predicted < 2
+    assert 0.2 < noise.leakage.value < 0.95
+    assert noise.predicted.value == pytest.approx((1 - noise.leakage.value) ** 0.5 * PRIOR, rel=0.02)
+    assert 0.5 < noise.reached / noise.predicted.value < 2
     assert noise.reached == pytest.approx(float((noise.rebuilt - picture.original).square().mean().sqrt()))
+
+
+def test_the_prediction_of_inputs_of_up_to_a_thousand_elements_is_exact():
+    eigenvalues = torch.logspace(-9, 0, 784, dtype=torch.float64)[None]
+    for sigma in (1e-6, 1e-3):
+        noise = IsotropicNoise(torch.tensor([sigma], dtype=torch.float64))
+        leakage, error = predicted_recovery(prescribed(with_eigenvalues(eigenvalues)), noise, PRIOR)
+        left = ((sigma / PRIOR) ** 2 / (eigenvalues + (sigma / PRIOR) ** 2)).mean()
+        assert error.value == pytest.approx(PRIOR * float(left) ** 0.5, rel=1e-4)
+        assert error.upper - error.lower < 1e-3 * error.value
+        assert leakage.value == pytest.approx(1 - float(left), rel=1e-6)
+
+
+def test_what_is_known_of_a_prediction_is_printed_with_it():
+    assert span_text(Interval(0.301, 0.302, 0.303), "{:.0%}") == "30%"
+    assert span_text(Interval(0.2, 0.302, 0.4), "{:.0%}") == "30% [20%, 40%]"
 
 
 def test_by_default_it_is_what_arrived_under_the_clients_own_words():
