@@ -23,8 +23,7 @@ from fl_privacy.reference.initialization import Initialization
 from fl_privacy.studies.results import Portion
 from fl_privacy.studies.scene import Scene, SceneSettings, groups
 from fl_privacy.studies.settings import Settings, device_option, option, relu_width_option
-from fl_privacy.studies.study import FEWEST_RANKED, Study, Summary, rank_correlation
-from fl_privacy.validation.summary import BEATEN
+from fl_privacy.studies.study import BEATEN, FEWEST_RANKED, Study, Summary, rank_correlation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

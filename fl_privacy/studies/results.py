@@ -93,18 +93,18 @@ def read_rows(path: Path, row_type: type[R]) -> list[R]:
         return []
     kinds = _kinds(row_type)
     with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if reader.fieldnames != list(kinds):
-            raise InvalidInputError(f"expected {path} to hold the columns of a {row_type.__name__}: {', '.join(kinds)}")
-        records = list(reader)
+        lines = list(file)
+    if len(lines) > 1 and not lines[-1].endswith("\n"):
+        del lines[-1]  # what a killed run left half written is done again
+    reader = csv.DictReader(lines)
+    if reader.fieldnames != list(kinds):
+        raise InvalidInputError(f"expected {path} to hold the columns of a {row_type.__name__}: {', '.join(kinds)}")
     rows = []
-    for index, record in enumerate(records):
+    for number, record in enumerate(reader, start=2):
         try:
             rows.append(row_type(**{name: parse(record[name]) for name, parse in kinds.items()}))
         except (TypeError, ValueError) as error:
-            if index + 1 < len(records):
-                raise InvalidInputError(f"expected numbers in line {index + 2} of {path}: {error}") from error
-            break  # a line that a killed run left half written is done again
+            raise InvalidInputError(f"expected numbers in line {number} of {path}: {error}") from error
     return rows
 
 

@@ -132,7 +132,7 @@ def settings_of(kind: type[Settings]) -> Iterator[Setting]:
 
 
 def claim_folder(folder: Path, name: str, settings: Settings) -> None:
-    """Writes settings.json into a study's folder; one that is there must say the same.
+    """Writes settings.json into a study's folder; one that is there must say the same, once there are results.
 
     Raises:
         InvalidInputError: The folder holds results of other settings, or of unknown ones.
@@ -140,13 +140,25 @@ def claim_folder(folder: Path, name: str, settings: Settings) -> None:
     path = folder / "settings.json"
     values = {s.name: getattr(settings, s.name) for s in settings_of(type(settings)) if s.recorded}
     text = json.dumps({"study": name, "settings": values}, indent=2)
-    if path.exists():
+    if path.exists() and (_num_rows(folder) or not _of_a_study(path)):
         _check_same(path, text)
         return
-    if (folder / "results.csv").exists():
+    if not path.exists() and (folder / "results.csv").exists():
         raise InvalidInputError(f"expected {path} beside its results.csv: name another folder with -o, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(text + "\n")
+
+
+def _num_rows(folder: Path) -> int:
+    results = folder / "results.csv"
+    return max(len(results.read_text().splitlines()) - 1, 0) if results.exists() else 0
+
+
+def _of_a_study(path: Path) -> bool:
+    try:
+        return {"study", "settings"} == set(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        return False
 
 
 def _check_same(path: Path, text: str) -> None:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound=Settings)
 
+BEATEN = 0.8
+"""An attack beats a prediction when its error is below this share of the predicted error's lower end."""
 FEWEST_RANKED = 3
 """Runs, below which a rank correlation says nothing."""
 

@@ -26,7 +26,7 @@ from fl_privacy.pictures.rebuilding import observed_version, predicted_recovery
 from fl_privacy.studies.results import Portion
 from fl_privacy.studies.scene import Scene, SceneSettings
 from fl_privacy.studies.settings import option
-from fl_privacy.studies.study import FEWEST_RANKED, Study, Summary, rank_correlation
+from fl_privacy.studies.study import BEATEN, FEWEST_RANKED, Study, Summary, rank_correlation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -178,11 +178,7 @@ def _summarize(settings: UsualDefencesSettings, rows: Sequence[UsualDefencesRow]
             for field in ("cosine", "equal_power", "audited", "informed", "error", "informed_error")
         ]
         lines.append((f"{level:g}" if level else "own", name, *(f"{number:.3g}" for number in numbers)))
-    beaten = {
-        what: sum(min(row.error, row.informed_error) < 0.8 * getattr(row, what) > 0.8 * _EXACT for row in rows)
-        / len(rows)
-        for what in ("equal_power", "audited", "informed")
-    }
+    beaten = {what: _beaten(rows, what) for what in ("equal_power", "audited", "informed")}
     pruned = [row for row in rows if row.defence == "prune"]
     order = {what: f"{_spearman(pruned, what):.2f}" for what in ("equal_power", "audited", "informed")}
     ranked = (
@@ -191,9 +187,10 @@ def _summarize(settings: UsualDefencesSettings, rows: Sequence[UsualDefencesRow]
     )
     return Summary(
         f"Medians over {len({row.image for row in rows})} images, at equal cosine similarity of the shared update. An "
-        f"attack comes more than 20 % below noise of equal power in {beaten['equal_power']:.0%} of runs, below the "
-        f"audit's prediction in {beaten['audited']:.0%} and below that for whoever knows the noise's shape in "
-        f"{beaten['informed']:.0%}; least squares failed to explain the update in "
+        f"attack comes more than 20 % below noise of equal power in {beaten['equal_power']} runs, below the "
+        f"audit's prediction in {beaten['audited']} and below that for whoever knows the noise's shape in "
+        f"{beaten['informed']}, of those in which it is more than half a grey level; least squares failed to explain "
+        f"the update in "
         f"{sum(not row.explained for row in rows) / len(rows):.0%}.{ranked if len(pruned) >= FEWEST_RANKED else ''}",
         (
             "as pruning",
@@ -207,6 +204,12 @@ def _summarize(settings: UsualDefencesSettings, rows: Sequence[UsualDefencesRow]
         ),
         tuple(lines),
     )
+
+
+def _beaten(rows: Sequence[UsualDefencesRow], what: str) -> str:
+    """In how many runs an attack beats a prediction by more than 20 %, of those in which something is predicted."""
+    able = [row for row in rows if getattr(row, what) > _EXACT]
+    return f"{sum(min(row.error, row.informed_error) < BEATEN * getattr(row, what) for row in able)} of {len(able)}"
 
 
 def _spearman(rows: Sequence[UsualDefencesRow], what: str) -> float:

@@ -69,9 +69,9 @@ class ValidationSettings(SceneSettings):
     )
     images_at_once: int = option(
         10,
-        "Images that are attacked side by side; a finished group is what a resumed study skips.",
+        "Images that are attacked side by side, of which some attacks' last digits and restarts depend; a finished "
+        "group is what a resumed study skips.",
         minimum=1,
-        recorded=False,
     )
 
     def __post_init__(self) -> None:

@@ -11,14 +11,12 @@ from numpy.typing import NDArray
 
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.interval import Interval
-from fl_privacy.studies.study import rank_correlation
+from fl_privacy.studies.study import BEATEN, rank_correlation
 from fl_privacy.validation.study import RAN, ValidationRow
 
 Vector = NDArray[np.float64]
 
 _RESAMPLES = 1000
-BEATEN = 0.8
-"""An attack beats a prediction when its error is below this share of the predicted error's lower end."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,12 +89,13 @@ class TestConduct:
             "repeats": 2,
         }
 
-    def test_a_stopped_one_computes_only_what_is_missing(self, tmp_path):
+    @pytest.mark.parametrize("left", [3, -2], ids=["half a line", "a last number cut short"])
+    def test_a_stopped_one_computes_only_what_is_missing(self, tmp_path, left):
         told: list[tuple[int, int]] = []
         rows = conduct(SQUARES, Squares(numbers=(1.0, 2.0, 3.0)), tmp_path)
         results = tmp_path / "results.csv"
         lines = results.read_text().splitlines(keepends=True)
-        results.write_text("".join(lines[:4]) + lines[4][:3])  # one and a half numbers, and a line cut short
+        results.write_text("".join(lines[:4]) + lines[4][:left])  # one and a half numbers, and a line cut short
         COMPUTED.clear()
         settings = Squares(numbers=(1.0, 2.0, 3.0), loud=True)  # what is not recorded may differ
         resumed = conduct(SQUARES, settings, tmp_path, progress=lambda done, total: told.append((done, total)))
@@ -113,6 +114,20 @@ class TestConduct:
             conduct(dataclasses.replace(SQUARES, name="cubes"), Squares(), tmp_path)
         assert len(read_rows(tmp_path / "results.csv", Square)) == 4
 
+    def test_settings_that_came_to_nothing_do_not_hold_the_folder(self, tmp_path):
+        def refuse(settings):
+            raise InvalidInputError("no such image")
+
+        with pytest.raises(InvalidInputError, match="no such image"):
+            conduct(dataclasses.replace(SQUARES, portions=refuse), Squares(repeats=1000), tmp_path)
+        assert len(conduct(SQUARES, Squares(), tmp_path)) == 4
+
+    def test_settings_that_are_somebody_elses_are_left_alone(self, tmp_path):
+        (tmp_path / "settings.json").write_text('{"mine": 1}')
+        with pytest.raises(InvalidInputError, match="got something else"):
+            conduct(SQUARES, Squares(), tmp_path)
+        assert (tmp_path / "settings.json").read_text() == '{"mine": 1}'
+
     def test_results_of_unknown_settings_are_refused(self, tmp_path):
         conduct(SQUARES, Squares(), tmp_path)
         (tmp_path / "settings.json").write_text("[1]")
@@ -127,7 +142,7 @@ class TestConduct:
         conduct(SQUARES, Squares(), tmp_path)
         results = tmp_path / "results.csv"
         lines = results.read_text().splitlines()
-        results.write_text("\n".join([lines[0], line, *lines[2:]]))
+        results.write_text("\n".join([lines[0], line, *lines[2:], ""]))
         with pytest.raises(InvalidInputError, match=r"line 2 of"):
             conduct(SQUARES, Squares(), tmp_path)
 
