@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -15,13 +13,9 @@ from rich.text import Text
 from fl_privacy.audit.estimate import LeakageEstimate
 from fl_privacy.audit.settings import AuditSettings
 from fl_privacy.audit.wording import leakage_text, number_text, plain
+from fl_privacy.commands.entry_points import load_entry
 from fl_privacy.commands.progress import print_json, result_console, user_errors
-from fl_privacy.errors import FLPrivacyError, InvalidInputError
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from fl_privacy.influence.update import Loss
+from fl_privacy.errors import InvalidInputError
 
 LEAKS = 1
 
@@ -120,36 +114,6 @@ def _audited(
         settings=settings,
         name=batch.stem,
     )
-
-
-def load_entry(entry: str) -> tuple[nn.Module, Loss]:
-    """Returns model and loss from `module:function`; modules of the current folder are found, too.
-
-    Raises:
-        InvalidInputError: There is no such function, it fails, or it returns something else.
-    """
-    from torch import nn
-
-    module_name, _, function_name = entry.partition(":")
-    if not module_name or not function_name:
-        raise InvalidInputError(f"expected an entry point module:function, got {entry!r}")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        found: Any = importlib.import_module(module_name)
-        for name in function_name.split("."):
-            found = getattr(found, name)
-        made = found()
-    except FLPrivacyError:
-        raise
-    except (Exception, SystemExit) as error:  # whatever the user's code raises
-        raise InvalidInputError(f"{entry} cannot be used: {type(error).__name__}: {error}") from error
-    model, loss = made if isinstance(made, tuple) and len(made) == 2 else (made, nn.CrossEntropyLoss())
-    if not isinstance(model, nn.Module) or not callable(loss):
-        raise InvalidInputError(
-            f"expected {entry} to return a torch module, or (module, loss), got {type(made).__name__}"
-        )
-    return model, loss
 
 
 def _print(row: LeakageEstimate) -> None:

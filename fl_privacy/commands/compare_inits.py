@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fl_privacy.audit.settings import RELU_WIDTH
+from fl_privacy.commands.entry_points import model_factory
 from fl_privacy.commands.options import DataRootOption, ReluWidthOption
 from fl_privacy.commands.progress import print_json, progress_bar, result_console, user_errors
 
@@ -46,7 +47,7 @@ def compare_inits(
     away whatever the size of their gradients is.
     """
     with user_errors():
-        from fl_privacy.studies.comparison import ComparisonSettings, compare, load_examples, model_factory
+        from fl_privacy.studies.comparison import ComparisonSettings, compare, load_examples
 
         settings = ComparisonSettings(
             noise_std=noise_std,

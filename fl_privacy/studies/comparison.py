@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,34 +65,6 @@ class InitializationExposure:
     leakage: Range
     required: Range
     relative: Range
-
-
-def model_factory(entry_point: str) -> Callable[[], nn.Module]:
-    """Returns the function that `module:function` names; modules are looked for in the current folder, too.
-
-    Raises:
-        InvalidInputError: There is no such module or function.
-    """
-    module_name, _, function_name = entry_point.partition(":")
-    if not module_name or not function_name:
-        raise InvalidInputError(f"expected module:function, got {entry_point!r}")
-    if (folder := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, folder)
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise InvalidInputError(f"expected a module {module_name!r} to import from here: {error}") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise InvalidInputError(f"expected a function {function_name!r} in module {module_name!r}, found none")
-
-    def build() -> nn.Module:
-        model = function()
-        if not isinstance(model, nn.Module):
-            raise InvalidInputError(f"expected {entry_point} to return a torch.nn.Module, got {type(model).__name__}")
-        return model
-
-    return build
 
 
 def load_examples(data: str, *, root: Path) -> Examples:

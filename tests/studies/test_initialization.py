@@ -11,10 +11,11 @@ from torch import nn
 from typer.testing import CliRunner
 
 from fl_privacy.cli import app
+from fl_privacy.commands.entry_points import model_factory
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.reference import build_model
 from fl_privacy.reference.initialization import INITIALIZATIONS, initialize_
-from fl_privacy.studies.comparison import load_examples, model_factory
+from fl_privacy.studies.comparison import load_examples
 
 MODEL = """
 from torch import nn
@@ -27,6 +28,9 @@ def kinked():
 
 def nothing():
     return 7
+
+def failing():
+    raise RuntimeError("out of luck")
 """
 
 
@@ -110,9 +114,10 @@ class TestCompareInits:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["users_model"], "expected module:function"),
+            (["users_model"], "expected an entry point module:function"),
             (["no_such_module:small"], "no_such_module"),
-            (["users_model:large"], "expected a function 'large'"),
+            (["users_model:large"], "has no attribute 'large'"),
+            (["users_model:failing"], "users_model:failing cannot be used: RuntimeError: out of luck"),
             (["users_model:nothing", "--data", "data.npz", "--num-examples", "2"], "torch.nn.Module, got int"),
             (["users_model:small", "--data", "emnist"], "or an .npz file, got 'emnist'"),
             (["users_model:small", "--data", "bytes.npz"], "scale pixels"),
