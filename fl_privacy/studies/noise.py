@@ -9,9 +9,10 @@ best in hindsight.
 
 from __future__ import annotations
 
+import bisect
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING
@@ -43,7 +44,7 @@ _NOT_RUN = "not run"
 _MEANING = {
     True: "Errors: rmse per input element of the strongest attack by the Gaussian prior, and with denoisers of images, "
     "whose strength is the best in hindsight. Advantage: norm of isotropic noise at which the strongest attack errs as "
-    "much, over the change.",
+    "much, over the change, by the spectrum's curve; with denoisers, by what was reached at an image's other targets.",
     False: "No attack was run: errors, rmse per input element, are predicted to first order. Advantage: norm of "
     "isotropic noise for which as much is predicted, over the change.",
 }
@@ -358,9 +359,36 @@ def _strongest(rows: Sequence[NoiseRow], *, denoisers: bool = False) -> dict[tup
     return best
 
 
+def _advantage_denoised(
+    strongest: Mapping[tuple[int, float, str], NoiseRow], image: int, target: float, defence: str
+) -> float:
+    """Isotropic noise at which the strongest attack of all errs as much, over the change; NaN where none was near it.
+
+    Whoever denoises best after isotropic noise need not be who does after other noise. So it is read off the errors
+    that were reached at this image's targets, between which the logarithm of the change is taken for linear.
+    """
+    row = strongest[image, target, defence]
+    known = sorted(
+        (r.error, math.log(r.change)) for (i, _, d), r in strongest.items() if (i, d) == (image, "isotropic")
+    )
+    if len(known) < 2 or not row.change > 0:
+        return math.nan
+    errors, changes = zip(*known, strict=True)
+    after = min(max(bisect.bisect(errors, row.error), 1), len(known) - 1)
+    beyond = (row.error - errors[after - 1]) / max(errors[after] - errors[after - 1], 1e-12)
+    if not -1 <= beyond <= 2:
+        return math.nan
+    at = changes[after - 1] + beyond * (changes[after] - changes[after - 1])
+    return math.exp(at) / row.change
+
+
 def _median(values: Sequence[float]) -> float:
     kept = [value for value in values if not math.isnan(value)]
     return statistics.median(kept) if kept else math.nan
+
+
+def _number(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.3g}"
 
 
 def _summarize(settings: NoiseSettings, rows: Sequence[NoiseRow]) -> Summary:
@@ -386,6 +414,11 @@ def _summarize(settings: NoiseSettings, rows: Sequence[NoiseRow]) -> Summary:
                     "cannot meet the target"
                     if len(gap) == len(mine)
                     else f"{_median([r.advantage for r in mine]):.3g}",
+                    _number(
+                        _median([_advantage_denoised(any_attack, r.image, target, defence) for r in mine])
+                        if settings.attacking and len(gap) < len(mine)
+                        else math.nan
+                    ),
                 )
             )
     shaped = [row for (_, _, defence), row in plain.items() if defence == "shaped"]
@@ -395,7 +428,7 @@ def _summarize(settings: NoiseSettings, rows: Sequence[NoiseRow]) -> Summary:
     return Summary(
         f"{over}. Change: norm of shared minus undefended update over that of the update. "
         f"{_MEANING[settings.attacking]} Shaped noise: least advantage of any image and target {worst:.3g}.",
-        ("target", "defence", "change", "predicted error", "error", "with denoisers", "advantage"),
+        ("target", "defence", "change", "predicted error", "error", "with denoisers", "advantage", "with denoisers"),
         tuple(lines),
     )
 

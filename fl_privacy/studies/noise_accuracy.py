@@ -47,6 +47,8 @@ _SLACK = 1.02
 """Measured leakage over its target from which on an arm has missed it."""
 _TRIES, _STEP = 14, 0.25
 """Most runs in search of the factor on isotropic noise, and the steps in its logarithm."""
+_POINTS = (-2, -1, 0, 1, 2, 5, 10, 20, 40, 80)
+"""Points of accuracy that are named in the figure."""
 _FORMED = 1024
 """Elements of the largest input whose G is formed; of larger ones it is known by products, and leakage is sampled."""
 
@@ -518,33 +520,42 @@ def _summarize(settings: AccuracySettings, rows: Sequence[AccuracyRow]) -> Summa
 
 def _draw(settings: AccuracySettings, rows: Sequence[AccuracyRow], figure: Figure) -> None:
     cells, verdicts = _cells(settings, rows), _verdicts(settings, rows)
-    axes = figure.subplots(len(settings.rounds), len(settings.batch_sizes), sharex=True, sharey=True, squeeze=False)
-    targets = _ordered(settings)
-    places = range(len(targets))
-    highest = max((row.accuracy for row in rows if row.arm == "none"), default=1.0)
+    batches, targets = sorted(settings.batch_sizes), _ordered(settings)
+    axes = figure.subplots(len(settings.rounds), len(batches), sharex=True, sharey=True, squeeze=False)
+    alone = len(targets) == 1
     for down, num_rounds in enumerate(settings.rounds):
-        for across, batch in enumerate(settings.batch_sizes):
+        for across, batch in enumerate(batches):
             axis = axes[down][across]
             clean = _mean(cells.get((batch, num_rounds, 1.0, "none"), []))
-            axis.axhline(clean, color="black", linewidth=1, label="no protection")
+            axis.axhspan(-1, 1, color="black", alpha=0.08, linewidth=0)
+            axis.axhline(0, color="black", linewidth=1, label="no protection")
             mine = [verdicts.get((batch, num_rounds, target)) for target in targets]
             for index, arm in enumerate(ARMS[1:]):
-                values = [math.nan if verdict is None else verdict.means[arm] for verdict in mine]
+                lost = [math.nan if verdict is None else 100 * (clean - verdict.means[arm]) for verdict in mine]
                 # Side by side, as arms of the same accuracy would hide each other.
-                shifted = [place + 0.08 * (index - 2) for place in places]
-                axis.plot(shifted, values, marker="osD^v"[index], markersize=4, linewidth=0.8, label=arm)
-            for place, verdict in zip(places, mine, strict=True):
-                if verdict is not None and not math.isnan(verdict.means[verdict.recommended]):
-                    at = place + 0.08 * (ARMS.index(verdict.recommended) - 3)
-                    height = verdict.means[verdict.recommended]
-                    axis.plot([at], [height], "o", markersize=11, fillstyle="none", color="black", label="recommended")
-            axis.set(title=f"{num_rounds} rounds, batch {batch}", ylim=(0, min(1.0, 1.3 * highest)))
-            axis.set_xticks(list(places), [f"{target:g}" for target in targets])
+                at = [place + (index if alone else 0.08 * (index - 2)) for place in range(len(targets))]
+                axis.plot(at, lost, marker="osD^v"[index], markersize=4, linewidth=0.8, label=arm)
+                chosen = [
+                    (x, y) for x, y, v in zip(at, lost, mine, strict=True) if v is not None and v.recommended == arm
+                ]
+                if chosen:
+                    style = {"markersize": 11, "fillstyle": "none", "color": "black", "linestyle": ""}
+                    axis.plot(*zip(*chosen, strict=True), marker="o", label="recommended", **style)
+            axis.set(title=f"{num_rounds} rounds, batch {batch}")
+            axis.set_yscale("symlog", linthresh=2, linscale=1)
+            axis.set_yticks(_POINTS, [f"{points:g}" for points in _POINTS])
+            axis.minorticks_off()
+            if alone:
+                axis.set_xticks(range(len(ARMS) - 1), ARMS[1:], rotation=30, ha="right")
+            else:
+                axis.set_xticks(range(len(targets)), [f"{target:g}" for target in targets])
+    axes[0][0].invert_yaxis()
     handles, labels = axes[0][0].get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     figure.legend(unique.values(), unique.keys(), loc="outside upper center", ncols=7, frameon=False, fontsize=8)
-    figure.supxlabel("leakage of an example over the whole run")
-    figure.supylabel("test accuracy")
+    leakage = "leakage of an example over the whole run"
+    figure.supxlabel(f"{leakage}: {targets[0]:g}" if alone else leakage)
+    figure.supylabel("points of accuracy below no protection")
 
 
 STUDY = Study(

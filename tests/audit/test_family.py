@@ -33,6 +33,7 @@ def test_relative_noise_is_that_of_all_shares_on_the_average_of_all_clients():
 AHEAD = {
     "-100": {(batch, 100, 0.75) for batch in (1, 4, 32)},
     "-mnist-100": {(32, 100, 0.3)},
+    "-mnist-100-ends": {(32, 100, 0.1), (4, 100, 0.1)},
     "-mnist-100-seeds": {(32, 100, 0.3)},
 }
 
@@ -46,6 +47,7 @@ AHEAD = {
         ("-mnist", 12),
         ("-mnist-seeds", 3),
         ("-mnist-100", 6),
+        ("-mnist-100-ends", 6),
         ("-mnist-100-seeds", 1),
         ("-cifar10", 12),
         ("-cifar10-100", 6),

@@ -157,8 +157,8 @@ def test_the_summary_and_the_figure_go_from_the_highest_target_down(tmp_path: Pa
         assert [label.get_text() for label in axes.get_xticklabels()] == ["0.5", "0.1"]
         by_arm = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
         for arm in ("shaped kept", "white kept"):
-            accuracy = {row.target: row.accuracy for row in rows if row.arm == arm}
-            assert by_arm[arm] == [accuracy[0.5], accuracy[0.1]]
+            accuracy = {row.target: row.accuracy for row in rows if row.arm in (arm, "none")}
+            assert by_arm[arm] == pytest.approx([100 * (accuracy[1.0] - accuracy[target]) for target in (0.5, 0.1)])
     assert lines == {key: ["0.5", "0.1"] for key in lines}
 
 
