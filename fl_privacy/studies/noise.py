@@ -460,6 +460,7 @@ def _draw(settings: NoiseSettings, rows: Sequence[NoiseRow], figure: Figure) -> 
     left.set(xscale="log", xlabel="change of the update, relative", ylabel=error)
     plain_ticks(left.xaxis)
     right.set(xlabel="target leakage", ylabel=error)
+    right.set_xticks(settings.targets, [f"{target:g}" for target in settings.targets])
     right.invert_xaxis()
     for axis in (left, right):
         axis.legend(frameon=False, fontsize=7)

@@ -179,11 +179,12 @@ def _summarize(settings: UsualDefencesSettings, rows: Sequence[UsualDefencesRow]
         ]
         lines.append((f"{level:g}" if level else "own", name, *(f"{number:.3g}" for number in numbers)))
     beaten = {what: _beaten(rows, what) for what in ("equal_power", "audited", "informed")}
-    pruned = [row for row in rows if row.defence == "prune"]
+    pruned = [row for row in rows if row.defence == "prune" and min(row.error, row.informed_error) > _EXACT]
     order = {what: f"{_spearman(pruned, what):.2f}" for what in ("equal_power", "audited", "informed")}
     ranked = (
-        f" Over pruned updates the error has a Spearman correlation of {order['equal_power']} with the prediction for "
-        f"equal power, {order['audited']} with the audit's and {order['informed']} with that for a known shape."
+        f" Over the {len(pruned)} pruned updates of which no attack comes below half a grey level the error has a "
+        f"Spearman correlation of {order['equal_power']} with the prediction for equal power, {order['audited']} with "
+        f"the audit's and {order['informed']} with that for a known shape."
     )
     return Summary(
         f"Medians over {len({row.image for row in rows})} images, at equal cosine similarity of the shared update. An "
