@@ -27,6 +27,12 @@ if TYPE_CHECKING:
     from fl_privacy.validation import Agreement, ValidationSettings
 
 
+_CAPTION = (
+    "beaten: an attack is more than 20 % below the prediction's lower end; bound: the lower bound over the reached "
+    "error, median; failed: what was rebuilt does not explain the gradient"
+)
+
+
 def validate(
     dataset: DatasetOption = "digits",
     data_root: DataRootOption = "data",
@@ -123,8 +129,17 @@ def _plain(agreement: Agreement) -> dict[str, Any]:
 
 
 def _table(title: str, overall: Agreement, levels: dict[float, Agreement]) -> Table:
-    table = Table(title=title, caption="beaten: an attack is more than 20 % below the prediction's lower end")
-    headings = ("noise std", "runs", "Spearman [95 %]", "median ratio", "median |ratio - 1|", "beaten", "failed")
+    table = Table(title=title, caption=_CAPTION)
+    headings = (
+        "noise std",
+        "runs",
+        "Spearman [95 %]",
+        "median ratio",
+        "median |ratio - 1|",
+        "beaten",
+        "bound",
+        "failed",
+    )
     for heading in (*headings, "converged", "psnr, dB", "ssim"):
         table.add_column(heading, justify="right")
     for name, agreement in [*((f"{level:g}", a) for level, a in levels.items()), ("all", overall)]:
@@ -135,6 +150,7 @@ def _table(title: str, overall: Agreement, levels: dict[float, Agreement]) -> Ta
             f"{agreement.median_ratio:.3f}",
             f"{agreement.median_deviation:.3f}",
             f"{agreement.beaten:.1%}",
+            f"{agreement.bound:.2g}",
             f"{agreement.failed:.1%}",
             f"{agreement.converged:.1%}",
             f"{agreement.psnr:.1f}",

@@ -87,7 +87,7 @@ def _draw_corridor(rows: Sequence[ValidationRow], axes: Axes) -> None:
 
     low, high = medians(rows, "predicted_lower")[1], medians(rows, "predicted_upper")[1]
     axes.fill_between(levels, low, high, color="black", alpha=0.15, linewidth=0)
-    axes.plot(*medians(rows, "predicted"), color="black", label="predicted: the worst case")
+    axes.plot(*medians(rows, "predicted"), color="black", label="predicted, for this prior")
     axes.plot(*medians(rows, "predicted_own"), color="black", linestyle=":", label="predicted for the very images")
     colours = require("matplotlib").colormaps["tab10"]
     for index, name in enumerate(dict.fromkeys(row.attack for row in rows)):

@@ -31,6 +31,8 @@ class Agreement:
         own_ratio: Median of reached error over the one predicted for the very image.
         beaten: Share of runs in which any attack's error was more than 20 % below the lower end of the prediction.
         own_beaten: Share of runs in which it was more than 20 % below what was predicted for the very image.
+        bound: Median of the lower bound over the reached error: 1 where it is tight.
+        below_bound: Share of runs in which an attack's error was below the lower bound.
         failed: Share of runs that no attack explained: there the attacks failed, and show nothing. Where noise is large
             the prior's mean explains an update, too: then only `converged` says that an attack is done.
         converged: Share of runs in which the closest attack reached a stationary point.
@@ -46,6 +48,8 @@ class Agreement:
     own_ratio: float
     beaten: float
     own_beaten: float
+    bound: float
+    below_bound: float
     failed: float
     converged: float
     error: float
@@ -112,6 +116,8 @@ def _agreement(rows: Sequence[ValidationRow]) -> Agreement:
         own_ratio=float(np.median(own_ratios)),
         beaten=float(np.mean([row.error < BEATEN * row.predicted_lower for row in best])),
         own_beaten=float(np.mean(own_ratios < BEATEN)),
+        bound=float(np.median([row.lower_bound / row.error for row in best])),
+        below_bound=float(np.mean([row.error < row.lower_bound for row in best])),
         failed=float(np.mean([(row.image, row.noise_std) not in explained for row in best])),
         converged=float(np.mean([row.converged for row in best])),
         error=float(np.median([row.error for row in best])),

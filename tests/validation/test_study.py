@@ -259,6 +259,14 @@ class TestSummary:
         assert overall.own_beaten == 0.5
         assert overall.own_ratio == pytest.approx(0.8)
 
+    def test_the_lower_bound_is_held_against_what_was_reached(self):
+        rows = [
+            dataclasses.replace(row(i, 0.1, 1.0, 2.0), lower_bound=bound) for i, bound in enumerate((0.5, 1.0, 2.5))
+        ]
+        overall, _ = summarize(rows)
+        assert overall.bound == 0.5
+        assert overall.below_bound == pytest.approx(1 / 3)
+
     def test_no_rows(self):
         with pytest.raises(InvalidInputError, match="got none"):
             summarize([])
@@ -336,7 +344,7 @@ class TestFigure:
         lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
         levels = [0.1, 0.2]
         assert lines == {
-            "predicted: the worst case": (levels, [2.0, 3.0]),
+            "predicted, for this prior": (levels, [2.0, 3.0]),
             "predicted for the very images": (levels, [4.0, 6.0]),
             "a": (levels, [2.0, 7.0]),
             "b": (levels, [4.0, 8.0]),
