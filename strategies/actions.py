@@ -156,6 +156,7 @@ class PolicyActions:
                 and not self.policy.dry_run
                 and self._is_shifted(reading)
             ],
+            bounds=self.policy.bounds,
         )
 
     def apply(self, reading: Reading, params: Mapping[str, Numbers]) -> LeakageEstimate:

@@ -33,12 +33,14 @@ class ShiftTask:
     Attributes:
         client: What was audited of it; its training was reproduced.
         advice: What noise.
+        bounds: Lowest and highest valid input.
         state: With the noise that is kept for its examples.
         generator: Of new noise.
     """
 
     client: AuditTask
     advice: InputAdvice
+    bounds: tuple[float, float] | None = None
     state: RecordDict
     generator: np.random.Generator
 
@@ -104,14 +106,15 @@ def _shifted(
     trained_on = task.client.given
     given, labels = (torch.from_numpy(np.array(part)).to(device) for part in (trained_on, task.client.labels))
     with protection.active():
-        moved = protection.protect(model, given, labels, loss=context.loss, public=None, bounds=None).cpu().numpy()
+        moved = protection.protect(model, given, labels, loss=context.loss, public=None, bounds=task.bounds)
     check_time(deadline)
-    before, after = updates_at(context, params, task.client, (trained_on, moved), device=device)
+    shifted = moved.cpu().numpy()
+    before, after = updates_at(context, params, task.client, (trained_on, shifted), device=device)
     check_time(deadline)
     return Shifted(
         node_id=task.client.node_id,
         update=after,
-        rms=float(np.sqrt(np.mean(np.square(moved - trained_on, dtype=np.float64)))),
+        rms=float(np.sqrt(np.mean(np.square(shifted - trained_on, dtype=np.float64)))),
         change=float(np.sqrt(sum(np.square(after[name] - before[name]).sum() for name in after))),
         leakage=protection.leakage,
         state=state,
@@ -140,17 +143,21 @@ class InputShifting:
         self,
         params: Mapping[str, Array],
         clients: Sequence[tuple[AuditTask, InputAdvice, np.random.Generator]],
+        *,
+        bounds: tuple[float, float] | None = None,
     ) -> dict[int, Shifted | NotShifted]:
         """Returns for each client, by node id, its update at x + a, or why there is none. Nothing is raised.
 
         Args:
             params: Global arrays of the round by name.
             clients: What was audited of each, what noise it is to get, and where that is drawn from.
+            bounds: Lowest and highest valid input, to which x + a is moved.
         """
         tasks = [
             ShiftTask(
                 client=task,
                 advice=advice,
+                bounds=bounds,
                 state=self._states.setdefault(task.client, RecordDict()),
                 generator=generator,
             )

@@ -50,6 +50,9 @@ class Policy:
         covariance: What shapes noise on inputs: `client`, the G of each private example, which tells a little of it;
             `public`, that of the public examples that the client's app gives; `white`, nothing.
         kept: Whether shaped noise is drawn once for an example, or in every round.
+        bounds: Lowest and highest valid input, for shaped noise that the server puts on (`perturb`): x + a is moved to
+            the nearest valid value, which protects no less. `None`: inputs may be any number. Clients that put it on
+            themselves give bounds to `protected_inputs`.
         clip_norm: C. Together with `noise_multiplier`, noise is a floor for differential privacy: every update is
             clipped to norm C and gets N(0, (2zC)²) on each parameter from the first round on, whatever an audit finds,
             as noise whose size depends on the data is not private. Rows have ε of the trained parameters that a client
@@ -73,6 +76,7 @@ class Policy:
     family: FamilyChoice = "isotropic"
     covariance: Covariance = "client"
     kept: bool = True
+    bounds: tuple[float, float] | None = None
     clip_norm: float | None = None
     noise_multiplier: float | None = None
     delta: float = 1e-5
@@ -91,6 +95,7 @@ class Policy:
                     f"got {getattr(self, name)!r}"
                 )
         self._check_floor()
+        self._check_bounds()
         if self.family == "auto" and self.action != "advise":
             raise InvalidInputError(f"expected family isotropic or shaped for the action {self.action}, got auto")
         if self.family == "shaped" and self.action not in ("advise", "perturb"):
@@ -114,6 +119,17 @@ class Policy:
         for name in ("kept", "dry_run"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidInputError(f"expected {name} to be True or False, got {getattr(self, name)!r}")
+
+    def _check_bounds(self) -> None:
+        if self.bounds is None:
+            return
+        if self.action != "perturb" or self.family != "shaped":
+            raise InvalidInputError(
+                "expected bounds of inputs with the action perturb and the family shaped alone, got "
+                f"{self.action} and {self.family}: give clients' bounds to protected_inputs"
+            )
+        if not (len(self.bounds) == 2 and all(map(is_number, self.bounds)) and self.bounds[0] < self.bounds[1]):
+            raise InvalidInputError(f"expected bounds (lowest, highest) of inputs, got {self.bounds!r}")
 
     def _check_floor(self) -> None:
         if (self.clip_norm is None) != (self.noise_multiplier is None):

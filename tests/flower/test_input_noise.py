@@ -505,6 +505,25 @@ def test_the_server_shares_the_update_at_x_plus_a_where_it_has_the_batch(unit):
         assert row.input_noise_change == pytest.approx(moved, rel=1e-3)
 
 
+@pytest.mark.parametrize("bounds", [(-4.0, 4.0), (0.0, 1.0)])
+def test_the_server_keeps_inputs_in_a_valid_range_and_says_so_where_they_are_none(bounds):
+    policy = Policy(action="perturb", family="shaped", seed=5, bounds=bounds)
+    strategy = audit(policy)
+    run(strategy, {10: audited_app(count=2)}, rounds=1)
+    row = rows(strategy, 1)[10]
+    if bounds == (0.0, 1.0):  # which the inputs themselves leave
+        assert row.input_noise == ""
+        assert row.applied_noise_std > 0
+        assert "the noise is isotropic, not shaped: InvalidInputError: expected inputs within" in row.detail
+        return
+    assert row.input_noise == "client"
+    kept = KeptNoise.read(strategy._actions._shifting._states[row.client])
+    moved = [(x.clamp(*bounds), labels) for x, labels in shifted_batches(kept, 10)]
+    assert any((x != y).any() for (x, _), (y, _) in zip(moved, shifted_batches(kept, 10), strict=True))
+    expected = trained_on(strategy.strategy.global_arrays[0], moved)
+    np.testing.assert_allclose(change(strategy, 1, 10), expected, atol=2e-6)
+
+
 def test_a_server_without_the_batch_perturbs_isotropically_and_says_so():
     mod = InversionAuditMod(model=new_model(), loss=nn.CrossEntropyLoss())
     strategy = audit(Policy(action="perturb", family="shaped"), source="client")
@@ -611,6 +630,9 @@ def test_advice_that_does_not_know_of_relus_is_followed():
         ({"action": "perturb", "family": "auto"}, "expected family isotropic or shaped for the action perturb"),
         ({"covariance": "own"}, "expected a policy's covariance to be one of client, public, white"),
         ({"action": "perturb", "family": "shaped", "covariance": "public"}, "public examples are given to"),
+        ({"action": "advise", "family": "shaped", "bounds": (0.0, 1.0)}, "give clients' bounds to protected_inputs"),
+        ({"action": "perturb", "family": "shaped", "bounds": (1.0, 0.0)}, r"expected bounds \(lowest, highest\)"),
+        ({"action": "perturb", "family": "shaped", "bounds": (0.0, math.nan)}, r"expected bounds \(lowest, highest\)"),
     ],
 )
 def test_policies_out_of_range_are_named(options, message):

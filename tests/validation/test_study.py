@@ -264,7 +264,7 @@ class TestSummary:
             dataclasses.replace(row(i, 0.1, 1.0, 2.0), lower_bound=bound) for i, bound in enumerate((0.5, 1.0, 2.5))
         ]
         overall, _ = summarize(rows)
-        assert overall.bound == 0.5
+        assert overall.bound == 0.5  # 1.0 beside 2.0
         assert overall.below_bound == pytest.approx(1 / 3)
 
     def test_no_rows(self):
