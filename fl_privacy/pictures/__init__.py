@@ -8,7 +8,8 @@ Needs the extra `simulation` to draw. From an audited client, as a server in tru
     draw_picture(picture, Path("worst.png"), title="client 3, round 1")
 """
 
+from fl_privacy.audit.observed import SharedUpdate
 from fl_privacy.pictures.drawing import draw_picture
-from fl_privacy.pictures.rebuilding import Panel, Picture, SharedUpdate, rebuild, rebuild_client
+from fl_privacy.pictures.rebuilding import Panel, Picture, rebuild, rebuild_client
 
 __all__ = ["Panel", "Picture", "SharedUpdate", "draw_picture", "rebuild", "rebuild_client"]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fl_privacy.attacks import Attack, GaussianPrior, GaussNewton, rmse
 from fl_privacy.attacks.mechanisms import AddedNoise, Mechanism, NoDefence, Pruning
+from fl_privacy.audit.observed import SharedUpdate
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.influence.jacobian import UpdateJacobian
 from fl_privacy.influence.lanczos import function_of_gram
@@ -16,7 +17,7 @@ from fl_privacy.influence.recommendation import NoiseRecommendation, recommend_n
 from fl_privacy.influence.sampling import draw_input_noise
 from fl_privacy.influence.spectrum import Spectrum, estimate_spectrum
 from fl_privacy.interval import Interval
-from fl_privacy.pictures.rebuilding import Panel, Picture, Progress, SharedUpdate, rebuild
+from fl_privacy.pictures.rebuilding import Panel, Picture, Progress, rebuild
 from fl_privacy.reference import load_dataset
 from fl_privacy.reference.initialization import Initialization
 from fl_privacy.studies.scene import Scene, SceneSettings

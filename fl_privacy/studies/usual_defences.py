@@ -21,8 +21,8 @@ from torch import Tensor
 
 from fl_privacy.attacks import GaussNewton, IndependentNoise, IsotropicNoise, Noise
 from fl_privacy.attacks.mechanisms import PRECISION, AddedNoise, HalfPrecision, Mechanism, Pruning, UniformQuantization
+from fl_privacy.audit.observed import observed_version, predicted_recovery
 from fl_privacy.influence.jacobian import UpdateJacobian
-from fl_privacy.pictures.rebuilding import observed_version, predicted_recovery
 from fl_privacy.studies.results import Portion
 from fl_privacy.studies.scene import Scene, SceneSettings
 from fl_privacy.studies.settings import option

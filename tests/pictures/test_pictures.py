@@ -10,11 +10,11 @@ import torch
 from matplotlib.image import imread
 
 from fl_privacy.attacks import GaussianPrior, IndependentNoise, IsotropicNoise
+from fl_privacy.audit.observed import observed_version, predicted_recovery
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.interval import Interval
 from fl_privacy.pictures import draw_picture, rebuild_client
 from fl_privacy.pictures.drawing import reached_text, span_text
-from fl_privacy.pictures.rebuilding import observed_version, predicted_recovery
 from tests.audit.cases import PRIOR, SIDE, flat, new_context, new_model, new_task, noisy, params_of, scaled
 from tests.influence.cases import prescribed, with_eigenvalues
 
