@@ -298,8 +298,8 @@ def _summarize(settings: LanguageSettings, rows: Sequence[LanguageRow]) -> Summa
 
 def _draw(settings: LanguageSettings, rows: Sequence[LanguageRow], figure: Figure) -> None:
     words, errors = figure.subplots(1, 2)
-    for place, relative in enumerate(settings.relative_stds):
-        for explained in (True, False):
+    for explained in (True, False):  # those that failed on top, or they would hide below
+        for place, relative in enumerate(settings.relative_stds):
             alike = [row for row in rows if row.relative_std == relative and row.explained is explained]
             colour = f"C{place}"
             faces, label = (colour, f"{relative:g}") if explained else ("none", None)
@@ -307,8 +307,8 @@ def _draw(settings: LanguageSettings, rows: Sequence[LanguageRow], figure: Figur
                 axis.scatter(
                     [getattr(row, across) for row in alike],
                     [getattr(row, up) for row in alike],
-                    s=24,
-                    alpha=0.7,
+                    s=20 + 28 * (len(settings.relative_stds) - 1 - place),  # largest first: of equal ones all are seen
+                    alpha=0.8,
                     facecolors=faces,
                     edgecolors=colour,
                     label=label,

@@ -157,20 +157,20 @@ def _draw(settings: LinearitySettings, rows: Sequence[LinearityRow], figure: Fig
     axis.axvline(rows[0].prior_std, color="grey", linewidth=1, linestyle=":")
     axis.annotate(
         "spread of the inputs",
-        (rows[0].prior_std, 0.0),
+        (rows[0].prior_std, 1.0),
         xycoords=("data", "axes fraction"),
-        xytext=(-3, 4),
+        xytext=(-3, -4),
         textcoords="offset points",
         rotation=90,
         ha="right",
-        va="bottom",
+        va="top",
         color="grey",
         fontsize=8,
     )
     axis.set(xscale="log", yscale="log", xlabel="shift of the input, rms", ylabel="change of the update over ‖J·a‖")
     kind = "white shifts" if settings.direction == "white" else "shifts as an attacker errs"
     axis.set_title(f"{settings.dataset}, {kind}: is the update linear?")
-    axis.legend(frameon=False, fontsize=8, handlelength=4)
+    axis.legend(frameon=False, fontsize=8, handlelength=4, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 STUDY = Study(

@@ -137,16 +137,18 @@ def _draw(settings: UnfairnessSettings, rows: Sequence[UnfairnessRow], figure: F
     left.boxplot([[row.leakage for row in members] for members in classes.values()], whis=(0, 100))
     left.set_xticks(range(1, len(classes) + 1), [str(label) for label in classes])
     left.set(xlabel="class, most exposed first", ylabel=f"leakage at σ = {settings.noise_std:g}")
-    colours = [f"C{row.label % 10}" for row in rows]
+    across, up = ("predicted", "error") if settings.attack else ("gradient_norm", "leakage")
+    for label in sorted(classes):
+        mine = classes[label]
+        x, y = ([getattr(row, name) for row in mine] for name in (across, up))
+        right.scatter(x, y, s=28, marker=f"${label}$", color=f"C{label % 10}", linewidths=0.3)
     if settings.attack:
-        right.scatter([row.predicted for row in rows], [row.error for row in rows], s=12, c=colours)
         values = [value for row in rows for value in (row.predicted, row.error)]
         ends = [min(values), max(values)]
         right.plot(ends, ends, color="black", linewidth=1)
-        right.set(xlabel="predicted error, rmse (colour: class)", ylabel="error of the attack, rmse")
+        right.set(xlabel="predicted error, rmse (each image its class)", ylabel="error of the attack, rmse")
     else:
-        right.scatter([row.gradient_norm for row in rows], [row.leakage for row in rows], s=12, c=colours)
-        right.set(xlabel="gradient norm (colour: class)", ylabel="leakage", xscale="log")
+        right.set(xlabel="gradient norm (each image its class)", ylabel="leakage", xscale="log")
 
 
 STUDY = Study(

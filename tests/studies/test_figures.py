@@ -106,8 +106,10 @@ def test_unfairness():
     _, rows, (left, right) = drawn("unfairness")
     assert points(right) == places(rows, named("predicted"), named("error"))
     assert_diagonal(right, log=False)
-    (marks,) = right.collections
-    assert [tuple(colour) for colour in marks.get_facecolors()] == [to_rgba(f"C{row.label % 10}") for row in rows]
+    for marks, label in zip(right.collections, sorted({row.label for row in rows}), strict=True):
+        mine = [(row.predicted, row.error) for row in rows if row.label == label]
+        assert sorted(map(tuple, marks.get_offsets())) == sorted(mine)
+        assert tuple(marks.get_facecolors()[0]) == to_rgba(f"C{label % 10}")
     by_class = {}
     for row in rows:
         by_class.setdefault(row.label, []).append(row.leakage)
