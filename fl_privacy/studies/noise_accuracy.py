@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from fl_privacy.attacks import GaussianPrior
-from fl_privacy.audit.family import cheaper_family
+from fl_privacy.audit.family import cheaper_family, relative_noise
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.influence.jacobian import UpdateJacobian
 from fl_privacy.influence.operators import GramSum, MeanGram
@@ -339,7 +339,13 @@ def _rows(federation: _Federation, num_rounds: int) -> Iterator[AccuracyRow]:
             strength=strength,
             relative_noise=math.nan
             if target == 1
-            else _noise_for(start, target, tau) * dilution_of[batch] * math.sqrt(update_dim) / norm,
+            else relative_noise(
+                _noise_for(start, target, tau) / batch,
+                update_dim=update_dim,
+                average_norm=norm,
+                num_clients=settings.num_examples // batch,
+                shares=1,
+            ),
         )
 
     # An example of a batch of N has J/N, and the average over clients divides their noise by the root of their number.
@@ -369,9 +375,9 @@ def _on_inputs(
     white = float(law.white_std)
     shaped_leakage = float((tau**2 / (tau**2 + variances)).mean())
     z = torch.randn(examples, dim, generator=generator)
-    for arm, noise in (("shaped kept", z @ root), ("white kept", white * z)):
+    for arm, noise, leakage in (("shaped kept", z @ root, shaped_leakage), ("white kept", white * z, target)):
         params, _ = _train(federation, num_rounds, generator, kept=noise)
-        yield arm, federation.accuracy(params), float(noise.square().mean().sqrt()), shaped_leakage
+        yield arm, federation.accuracy(params), float(noise.square().mean().sqrt()), leakage
     # T independent draws of variance T·h tell as much as one of variance h.
     params, _ = _train(federation, num_rounds, generator, fresh=math.sqrt(num_rounds) * root)
     yield (

@@ -22,7 +22,17 @@ from fl_privacy import (
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.influence.spectrum import dense_gram
 
-from .cases import BY_NAME, LOCAL_TRAINING, audited, gradient_update, prescribed, reference, with_eigenvalues
+from .cases import (
+    BY_NAME,
+    LOCAL_TRAINING,
+    Sgd,
+    audited,
+    columns_of,
+    gradient_update,
+    prescribed,
+    reference,
+    with_eigenvalues,
+)
 
 TARGETS = (0.99, 0.9, 0.5, 0.1)
 PRIOR = 0.4
@@ -165,6 +175,31 @@ def test_draws_are_the_root_of_the_law_times_normal_numbers(target: float, dtype
     # In float32 the kink of h meets eigenvalues that are known to 1e-7 of the largest.
     tolerance = 1e-6 if dtype == torch.float64 else 2e-2
     assert (torch.linalg.vector_norm(unmargined(drawn, 5) - exact, dim=-1) <= tolerance * exact.norm(dim=-1)).all()
+
+
+@pytest.mark.parametrize("private", [None, 1], ids=["batch", "example"])
+@pytest.mark.parametrize("sgd", [None, LOCAL_TRAINING], ids=["gradient", "local training"])
+def test_sampled_covariance_of_a_model_equals_the_law_by_its_dense_jacobian(
+    sgd: Sgd | None, private: int | None
+) -> None:
+    case = BY_NAME["mlp"]
+    inputs, labels = case.batch(1, 3)
+    chosen = None if private is None else torch.tensor([private])
+    update = gradient_update(case) if sgd is None else sgd.update(case, case.model())
+    jacobian = audited(update, inputs, labels, chosen)
+    _, plain = reference("mlp", sgd, 1, 3)
+    dense = columns_of(plain, chosen, 3)[0]
+    noise = recommend_noise(estimate_spectrum(jacobian), target_leakage=0.5, prior_std=PRIOR)
+    copies = torch.zeros(4000, dtype=torch.long)
+    a = draw_input_noise(jacobian.select(copies), noise.select(copies), 3, rtol=1e-9).noise
+    law = root(noise, (dense.T @ dense)[None])[0]
+    values, vectors = torch.linalg.eigh(law)
+    kept = values > 1e-6
+    whitened = (a @ vectors)[:, kept] / values[kept]
+    covariance = whitened.T @ whitened / len(copies)
+    assert (covariance - torch.eye(int(kept.sum()))).abs().max() < 5 * math.sqrt(2 / len(copies))
+    assert ((a @ vectors)[:, ~kept].abs() < 1e-4).all()
+    assert covariance_leakage(law @ law) == pytest.approx(0.5, rel=0.01)
 
 
 def test_sampled_covariance_equals_the_law() -> None:
