@@ -84,32 +84,35 @@ class JointInversion:
 
     def _from(self, problem: AttackProblem, start: Tensor) -> Reconstruction:
         found = [self._solve(problem.select(torch.tensor([unit])), start[unit]) for unit in range(problem.num_units)]
-        x, misfit, energy, steps, stop = zip(*found, strict=True)
+        x, misfit, history, steps, stop = zip(*found, strict=True)
         stacked = torch.stack(list(x))
         return Reconstruction(
             inputs=problem.images(stacked),
             labels=problem.known_labels,
-            objective=torch.stack(list(energy)),
+            objective=torch.stack([values[-1] for values in history]),
             misfit=torch.stack(list(misfit)) / problem.update_dim,
-            history=torch.zeros(0, problem.num_units, dtype=torch.float64),
+            history=torch.nn.utils.rnn.pad_sequence(list(history), padding_value=math.nan),
             stop=tuple(stop),
             products=torch.tensor([2 * problem.input_dim * count for count in steps]),
             update_dim=problem.update_dim,
         )
 
     def _solve(self, problem: AttackProblem, x: Tensor) -> tuple[Tensor, Tensor, Tensor, int, StopReason]:
-        """Returns x `[D]`, misfit energy, objective, linearisations spent and why it stopped, of one unit."""
+        """Returns x `[D]`, misfit energy, objectives `[steps]`, linearisations and why it stopped, of one unit."""
         d, tau = len(x), problem.prior.std
         mu = problem.start()[0]
         noise_std = (problem.noise.energy(torch.ones_like(problem.shared)) / problem.update_dim).rsqrt()[0]
         mechanism = self._mechanism(problem)
         y = torch.cat([(x - mu) / tau, torch.zeros_like(x)])
-        steps = 0
+        steps, history = 0, []
         for stage in range(_STAGES - 1, -1, -1):  # continuation: from a loosely known update to one known exactly
-            y, r, spent, reason = self._descend(mechanism, problem.shared[0], mu, tau, noise_std * 10.0**stage, y)
+            y, r, values, spent, reason = self._descend(
+                mechanism, problem.shared[0], mu, tau, noise_std * 10.0**stage, y
+            )
             steps += spent
+            history += values
         p = problem.update_dim
-        return mu + tau * y[:d], r[:p] @ r[:p], r @ r, steps, reason
+        return mu + tau * y[:d], r[:p] @ r[:p], r.new_tensor(history), steps, reason
 
     def _descend(
         self,
@@ -119,8 +122,8 @@ class JointInversion:
         tau: float,
         noise_std: Tensor,
         y: Tensor,
-    ) -> tuple[Tensor, Tensor, int, StopReason]:
-        """Returns y = ((x − μ)/τ, b), its residuals, linearisations spent and why it stopped, at one noise level."""
+    ) -> tuple[Tensor, Tensor, list[float], int, StopReason]:
+        """Returns y = ((x − μ)/τ, b), its residuals, objectives, linearisations spent and why it stopped, at one σ."""
         d = len(mu)
 
         def residual(y: Tensor) -> Tensor:
@@ -128,10 +131,11 @@ class JointInversion:
             return torch.cat([(mechanism(mu + tau * y[:d], self.root @ y[d:]) - shared) / noise_std, y])
 
         r, damping = residual(y), 1e-3
+        history = [float(r @ r)]
         for step in range(1, self.max_steps + 1):
             j = jacfwd(residual)(y)
             if not torch.isfinite(j).all():
-                return y, r, step, StopReason.NOT_FINITE
+                return y, r, history, step, StopReason.NOT_FINITE
             gram, slope, before = j.T @ j, j.T @ r, float(r @ r)
             for _ in range(12):
                 moved = y - torch.linalg.solve(gram + damping * torch.diag(gram.diagonal()), slope)
@@ -141,11 +145,12 @@ class JointInversion:
                     break
                 damping *= 8
             else:
-                return y, r, step, StopReason.STALLED
+                return y, r, history, step, StopReason.STALLED
             y, r, damping = moved, tried, max(damping / 10, 1e-12)
+            history.append(after)
             if before - after <= self.tolerance * before:
-                return y, r, step, StopReason.CONVERGED
-        return y, r, self.max_steps, StopReason.MAX_STEPS
+                return y, r, history, step, StopReason.CONVERGED
+        return y, r, history, self.max_steps, StopReason.MAX_STEPS
 
     def _mechanism(self, problem: AttackProblem) -> Callable[[Tensor, Tensor], Tensor]:
         update, labels = problem.update, problem.known_labels[0]

@@ -52,20 +52,22 @@ class LeastPowers:
             )
 
     def run(self, problem: AttackProblem) -> Reconstruction:
-        """Returns what the last round rebuilt, judged by the problem's own noise; products add up.
+        """Returns what the last round rebuilt, judged by the problem's own noise; products add up, histories follow.
 
         Raises:
             InvalidInputError: From the attack.
         """
         found = self.attack.run(problem)
+        history = [found.history]
         products, share = found.products, 1 / max(1.0, self.power - 1)
         logs = self._log_variance(problem, found)
         for _ in range(self.rounds):
             found = self.attack.run(replace(problem, noise=IndependentNoise((0.5 * logs).exp())))
             products = products + found.products
+            history.append(found.history)
             logs = torch.lerp(logs, self._log_variance(problem, found), share)
         x = found.inputs.flatten(1)
-        return Reconstruction.at(problem, x, history=found.history, stop=found.stop, products=products)
+        return Reconstruction.at(problem, x, history=torch.cat(history), stop=found.stop, products=products)
 
     def _log_variance(self, problem: AttackProblem, found: Reconstruction) -> Tensor:
         """Returns log c|r|^(2 − p) `[U, P]`."""
