@@ -51,6 +51,7 @@ AHEAD = {
         ("-mnist-100-seeds", 1),
         ("-cifar10", 12),
         ("-cifar10-100", 6),
+        ("-cifar10-100-ends", 6),
     ],
 )
 def test_what_is_recommended_is_within_a_point_of_the_best_protected_arm_but_where_it_is_known_not_to_be(name, cells):

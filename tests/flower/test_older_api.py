@@ -19,7 +19,7 @@ from flwr.server.strategy import FedAvg
 from torch import nn
 
 from fl_privacy.audit import AuditSettings, Ledger, Policy, PublicExamples, Source, Status
-from fl_privacy.errors import InvalidInputError
+from fl_privacy.errors import InvalidInputError, RecordError
 from fl_privacy.flower import AuditedClient, protected_inputs, record_batches
 from fl_privacy.flower.advice import ADVICE_KEY, Advice
 from fl_privacy.flower.older_api import NAMES_KEY, take_report
@@ -416,17 +416,28 @@ class TestAdvice:
         assert any("report" in key for key in result.metrics)
         np.testing.assert_allclose(change(sent, result.parameters), undefended(NODES[0], sent), atol=1e-7)
 
-    def test_a_client_that_returns_other_arrays_than_it_was_sent_ends_no_round(self):
-        class Short(Trainer):
-            def fit(self, parameters, config):
-                arrays, *rest = super().fit(parameters, config)
-                return arrays[:2], *rest
+    class Short(Trainer):
+        def fit(self, parameters, config):
+            arrays, *rest = super().fit(parameters, config)
+            return arrays[:2], *rest
 
-        short = AuditedClient(Short(NODES[0]), new_context(NODES[0]), hand_over_batches=True)
-        policy = Policy(action="advise", clip_norm=0.05, noise_multiplier=1.0)
-        strategy, _ = advised([short, *(audited(node) for node in NODES[1:])], policy)
+    def test_a_client_that_returns_other_arrays_than_it_was_sent_ends_no_round(self):
+        short = AuditedClient(self.Short(NODES[0]), new_context(NODES[0]), hand_over_batches=True)
+        strategy, _ = advised([short, *(audited(node) for node in NODES[1:])], "advise")
         assert {row.status for row in rows_of(strategy, NODES[0])} == {Status.INVALID_UPDATE}
         assert {row.status for row in rows_of(strategy, NODES[1])} == {Status.AUDITED}
+
+    @pytest.mark.parametrize("clip_norm", [None, 0.05])
+    def test_its_arrays_are_shared_as_they_are_but_under_a_floor_not_at_all(self, clip_norm):
+        short = AuditedClient(self.Short(NODES[0]), new_context(NODES[0]), hand_over_batches=True)
+        advice = Advice(noise_std=0.03, target_leakage=TARGET, parameters=PARAMETERS, clip_norm=clip_norm)
+        config = {**Request.for_estimate(SETTINGS).entries(), **advice.entries(), NAMES_KEY: json.dumps(PARAMETERS)}
+        sent = ndarrays_to_parameters([value.numpy() for value in new_model().state_dict().values()])
+        if clip_norm is not None:
+            with pytest.raises(RecordError, match="nothing is shared, as the floor could not be put on the update"):
+                short.fit(FitIns(sent, config))
+        else:
+            assert len(short.fit(FitIns(sent, config)).parameters.tensors) == 2
 
 
 class TestSecureAggregation:
