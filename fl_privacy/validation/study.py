@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -19,6 +19,7 @@ from fl_privacy.attacks import (
     Adam,
     Attack,
     AttackProblem,
+    GaussianPrior,
     GaussNewton,
     Reconstruction,
     WithWhitePrior,
@@ -38,6 +39,10 @@ from fl_privacy.studies.settings import option
 Prior = Literal["white", "images"]
 _RTOL = 2e-3
 """As estimate_spectrum: of a leakage near one the rest, which is the error, is to be known, too."""
+INFORMED = "gauss-newton-images"
+"""Gauss–Newton by one who knows how pixels vary together, whatever the prediction knows of that."""
+KNOWN = (*ATTACKS, INFORMED)
+"""Names of attacks."""
 RAN = "ran"
 """The status of a row whose attack could be run; any other says why it could not."""
 
@@ -59,7 +64,7 @@ class ValidationSettings(SceneSettings):
         "white", "What prediction and attacks know of images: nothing but mean and spread, or their covariance, too."
     )
     public_images: int = option(PUBLIC_IMAGES, "Images of the training set that the prior is made from.", minimum=2)
-    attacks: tuple[str, ...] = option(("gauss-newton",), f"Attacks, among {', '.join(ATTACKS)}.")
+    attacks: tuple[str, ...] = option(("gauss-newton",), f"Attacks, among {', '.join(KNOWN)}.")
     attack_steps: int = option(0, "Steps of the first-order attacks; 0: as many as is usual for each.", minimum=0)
     num_probes: int = option(4, "As estimate_spectrum.", minimum=1)
     max_steps: int = option(256, "As estimate_spectrum.", minimum=1)
@@ -77,9 +82,9 @@ class ValidationSettings(SceneSettings):
     def __post_init__(self) -> None:
         """Raises InvalidInputError where a setting is out of range, or an attack unknown."""
         super().__post_init__()
-        unknown = [name for name in self.attacks if name not in ATTACKS]
+        unknown = [name for name in self.attacks if name not in KNOWN]
         if unknown:
-            raise InvalidInputError(f"expected attacks among {', '.join(ATTACKS)}, got {', '.join(unknown)}")
+            raise InvalidInputError(f"expected attacks among {', '.join(KNOWN)}, got {', '.join(unknown)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +135,7 @@ def attacks_of(settings: ValidationSettings) -> dict[str, Attack]:
     made: dict[str, Attack] = {
         "gauss-newton": GaussNewton(hops=settings.hops),
         "gauss-newton-white": WithWhitePrior(GaussNewton(hops=settings.hops)),
+        INFORMED: GaussNewton(hops=settings.hops),  # given a prior with the covariance of images
     }
     if steps:
         made |= {
@@ -165,14 +171,20 @@ def run_validation(
 
 
 def _portions(settings: ValidationSettings, attacks: Mapping[str, Attack]) -> Iterator[Portion[ValidationRow]]:
-    scene = Scene.of(settings, num_public=settings.public_images, coloured=settings.prior == "images")
+    scene_of = partial(Scene.of, settings, num_public=settings.public_images)
+    scene = scene_of(coloured=settings.prior == "images")
+    prior = scene_of(coloured=True).prior if INFORMED in attacks else scene.prior
     for group in groups(settings.num_images, settings.images_at_once):
         keys = [(i, std, name) for i in group for std in settings.noise_stds for name in attacks]
-        yield Portion(keys, partial(_rows, scene, group, settings, attacks))
+        yield Portion(keys, partial(_rows, scene, prior, group, settings, attacks))
 
 
 def _rows(
-    scene: Scene, group: Sequence[int], settings: ValidationSettings, attacks: Mapping[str, Attack]
+    scene: Scene,
+    informed: GaussianPrior,
+    group: Sequence[int],
+    settings: ValidationSettings,
+    attacks: Mapping[str, Attack],
 ) -> Iterator[ValidationRow]:
     jacobian, prior = scene.jacobian(group), scene.prior
     finest = (min(settings.noise_stds) / prior.std) ** 2
@@ -195,7 +207,8 @@ def _rows(
         own = _own_error(spectrum, noise_std, prior.std, biases[level])
         for name, attack in attacks.items():
             started = time.perf_counter()
-            rebuilt, status = _attacked(attack, problem)
+            known = informed.to(problem.prior.mean.dtype) if name == INFORMED else problem.prior
+            rebuilt, status = _attacked(attack, replace(problem, prior=known))
             seconds = (time.perf_counter() - started) / len(group)
             for unit, image in enumerate(group):
                 yield ValidationRow(

@@ -153,6 +153,16 @@ class TestStudy:
             for found in (row, coloured[key]):
                 assert 0.5 < found.error / found.predicted_own < 1.6
 
+    def test_who_knows_how_pixels_vary_together_is_held_against_a_prediction_that_does_not(self, study, tmp_path):
+        settings = dataclasses.replace(SETTINGS, attacks=("gauss-newton-images",))
+        knowing = run_validation(settings, attacks_of(settings), tmp_path / "results.csv")
+        settings = dataclasses.replace(SETTINGS, prior="images")
+        coloured = run_validation(settings, attacks_of(settings), tmp_path / "images.csv")
+        for row, same, white in zip(knowing, coloured, study[1], strict=True):
+            assert (row.image, row.noise_std) == (same.image, same.noise_std) == (white.image, white.noise_std)
+            assert row.predicted == white.predicted > same.predicted
+            assert row.error == same.error
+
     def test_another_file_is_refused(self, tmp_path):
         path = tmp_path / "other.csv"
         path.write_text("a,b\n1,2\n")
