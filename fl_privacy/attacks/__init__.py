@@ -1,7 +1,7 @@
 """Reconstruction attacks: what can really be rebuilt from an update, to hold predictions against."""
 
 from fl_privacy.attacks.analytic import LeakedExamples, LinearLayerLeak, leaked_examples
-from fl_privacy.attacks.attack import ATTACKS, Attack, WithWhitePrior
+from fl_privacy.attacks.attack import ATTACKS, Attack, WithPrior, WithWhitePrior
 from fl_privacy.attacks.denoising import InputDenoising
 from fl_privacy.attacks.distances import cosine_distance, relative_squared_distance, total_variation
 from fl_privacy.attacks.gauss_newton import GaussNewton
@@ -39,6 +39,7 @@ __all__ = [
     "Noise",
     "Reconstruction",
     "StopReason",
+    "WithPrior",
     "WithWhitePrior",
     "aligned",
     "best_of",

@@ -13,6 +13,7 @@ from fl_privacy.attacks.gradient_matching import deep_leakage, inverting_gradien
 from fl_privacy.attacks.optimizers import Adam
 from fl_privacy.attacks.problem import AttackProblem
 from fl_privacy.attacks.result import Reconstruction
+from fl_privacy.influence.prior import GaussianPrior
 
 
 class Attack(Protocol):
@@ -35,6 +36,23 @@ class WithWhitePrior:
     def run(self, problem: AttackProblem) -> Reconstruction:
         """Returns what is rebuilt under the white prior of the same mean and standard deviation."""
         return self.attack.run(replace(problem, prior=problem.prior.white))
+
+
+@dataclass(frozen=True, eq=False)
+class WithPrior:
+    """An attack by one who believes something else of the inputs than the problem says.
+
+    Attributes:
+        attack: That he runs.
+        prior: What he believes, in the problem's dtype and on its device.
+    """
+
+    attack: Attack
+    prior: GaussianPrior
+
+    def run(self, problem: AttackProblem) -> Reconstruction:
+        """Returns what is rebuilt under this prior."""
+        return self.attack.run(replace(problem, prior=self.prior))
 
 
 ATTACKS: Mapping[str, Callable[[], Attack]] = MappingProxyType(

@@ -136,7 +136,7 @@ class JointInversion:
             j = jacfwd(residual)(y)
             if not torch.isfinite(j).all():
                 return y, r, history, step, StopReason.NOT_FINITE
-            gram, slope, before = j.T @ j, j.T @ r, float(r @ r)
+            gram, slope, before = j.T @ j, j.T @ r, history[-1]
             for _ in range(12):
                 moved = y - torch.linalg.solve(gram + damping * torch.diag(gram.diagonal()), slope)
                 tried = residual(moved)

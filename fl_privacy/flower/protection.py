@@ -286,11 +286,13 @@ class InputProtection:
     def _prior_std(self, x: Numbers) -> float:
         """Returns τ, and takes what was kept under another one for what it leaks under this one."""
         before = self._kept.prior_std
-        now = self._advice.prior_std or before or float(x.std(dtype=np.float64))
-        if not (self._advice.prior_std or before) and len(x) < _FEW:
-            note = f"the prior's width is that of a first batch of {len(x)}: give the audit's settings a prior_std"
-            log(WARNING, "fl_privacy: %s", note)
-            self._notes[note] = None
+        now = self._advice.prior_std or before
+        if not now:
+            now = float(x.std(dtype=np.float64))
+            if len(x) < _FEW:
+                note = f"the prior's width is that of a first batch of {len(x)}: give the audit's settings a prior_std"
+                log(WARNING, "fl_privacy: %s", note)
+                self._notes[note] = None
         if before and now != before:
             self._kept.draws = {
                 key: (noise, np.float64(leakage_under(np.asarray(leakage), before, now)))

@@ -17,9 +17,10 @@ from fl_privacy.influence.recommendation import NoiseRecommendation, recommend_n
 from fl_privacy.influence.sampling import draw_input_noise
 from fl_privacy.influence.spectrum import Spectrum, estimate_spectrum
 from fl_privacy.interval import Interval
-from fl_privacy.pictures.rebuilding import Panel, Picture, Progress, rebuild
+from fl_privacy.pictures.rebuilding import Panel, Picture, rebuild
 from fl_privacy.reference import load_dataset
 from fl_privacy.reference.initialization import Initialization
+from fl_privacy.studies.results import Progress
 from fl_privacy.studies.scene import Scene, SceneSettings
 from fl_privacy.studies.settings import Settings, option, relu_width_option
 
@@ -62,9 +63,9 @@ def defended_picture(
     """
     if settings.target_leakage >= 1:
         raise InvalidInputError(f"expected a target leakage below 1, got {settings.target_leakage}")
-    available = len(load_dataset(settings.dataset, root=settings.data_root).test)
-    if settings.image >= available:
-        raise InvalidInputError(f"expected an image in [0, {available}), got {settings.image}")
+    data = load_dataset(settings.dataset, root=settings.data_root)
+    if settings.image >= len(data.test):
+        raise InvalidInputError(f"expected an image in [0, {len(data.test)}), got {settings.image}")
     attack = attack or GaussNewton()
     scene = Scene.of(
         SceneSettings(
@@ -75,7 +76,8 @@ def defended_picture(
             num_images=settings.image + 1,
             seed=settings.seed,
             relu_width=settings.relu_width,
-        )
+        ),
+        data=data,
     )
     jacobian = scene.jacobian([settings.image])
     spectrum = estimate_spectrum(jacobian, max_steps=256)

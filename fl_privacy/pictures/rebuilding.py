@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,9 +26,7 @@ from fl_privacy.influence.layout import ParameterLayout
 from fl_privacy.influence.rounding import rounded_off
 from fl_privacy.influence.update import UpdateMap
 from fl_privacy.interval import Interval
-
-Progress = Callable[[int, int], None]
-"""Told (versions done, versions to do)."""
+from fl_privacy.studies.results import Progress
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

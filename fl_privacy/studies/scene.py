@@ -13,7 +13,7 @@ from fl_privacy.errors import InvalidInputError
 from fl_privacy.influence.jacobian import UpdateJacobian
 from fl_privacy.influence.rounding import rounded_off
 from fl_privacy.influence.update import GradientUpdate
-from fl_privacy.reference import ImageSet, build_model, load_dataset
+from fl_privacy.reference import ImageData, ImageSet, build_model, load_dataset
 from fl_privacy.reference.initialization import Initialization, initialize_
 from fl_privacy.studies.settings import Settings, device_option, option, relu_width_option
 
@@ -73,6 +73,7 @@ class Scene:
         num_images: int | None = None,
         num_public: int = PUBLIC_IMAGES,
         coloured: bool = False,
+        data: ImageData | None = None,
     ) -> Scene:
         """Returns the scene that settings describe.
 
@@ -81,12 +82,13 @@ class Scene:
             num_images: Images to load, where they are not `settings.num_images`.
             num_public: Images of the training set that the prior is made from.
             coloured: Whether the prior has their covariance.
+            data: The data set of the settings, where it is loaded already.
 
         Raises:
             InvalidInputError: The data set has too few images, or torch cannot use the device.
         """
         device = find_device(settings.device)
-        data = load_dataset(settings.dataset, root=settings.data_root)
+        data = load_dataset(settings.dataset, root=settings.data_root) if data is None else data
         count = settings.num_images if num_images is None else num_images
         if len(data.test) < count:
             raise InvalidInputError(f"expected at most {len(data.test)} images, got {count}")

@@ -140,28 +140,24 @@ def claim_folder(folder: Path, name: str, settings: Settings) -> None:
     path = folder / "settings.json"
     values = {s.name: getattr(settings, s.name) for s in settings_of(type(settings)) if s.recorded}
     text = json.dumps({"study": name, "settings": values}, indent=2)
-    if path.exists() and (_num_rows(folder) or not _of_a_study(path)):
-        _check_same(path, text)
-        return
-    if not path.exists() and (folder / "results.csv").exists():
+    if path.exists():
+        complaint = _complaint(path, text)
+        if not complaint:
+            return
+        if _has_rows(folder / "results.csv"):
+            raise InvalidInputError(complaint)
+    elif (folder / "results.csv").exists():
         raise InvalidInputError(f"expected {path} beside its results.csv: name another folder with -o, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(text + "\n")
 
 
-def _num_rows(folder: Path) -> int:
-    results = folder / "results.csv"
-    return max(len(results.read_text().splitlines()) - 1, 0) if results.exists() else 0
+def _has_rows(results: Path) -> bool:
+    return results.exists() and len(results.read_text().splitlines()) > 1
 
 
-def _of_a_study(path: Path) -> bool:
-    try:
-        return {"study", "settings"} == set(json.loads(path.read_text()))
-    except (ValueError, TypeError):
-        return False
-
-
-def _check_same(path: Path, text: str) -> None:
+def _complaint(path: Path, text: str) -> str:
+    """Returns how written settings differ from others; empty if they do not."""
     advice = "name another folder with -o, or remove this one"
     wanted = json.loads(text)
     try:
@@ -170,9 +166,8 @@ def _check_same(path: Path, text: str) -> None:
     except (ValueError, KeyError, TypeError) as error:
         raise InvalidInputError(f"expected the settings of a study in {path}, got something else: {advice}") from error
     if name != wanted["study"]:
-        raise InvalidInputError(f"expected a folder of the study {wanted['study']!r}, {path} is of {name!r}: {advice}")
+        return f"expected a folder of the study {wanted['study']!r}, {path} is of {name!r}: {advice}"
     asked = wanted["settings"]
     differing = sorted(key for key in {*values, *asked} if values.get(key) != asked.get(key))
-    if differing:
-        changes = ", ".join(f"{key} {values.get(key)} there and {asked.get(key)} now" for key in differing)
-        raise InvalidInputError(f"expected the settings in {path}, got others ({changes}): {advice}")
+    changes = ", ".join(f"{key} {values.get(key)} there and {asked.get(key)} now" for key in differing)
+    return f"expected the settings in {path}, got others ({changes}): {advice}" if differing else ""

@@ -23,7 +23,7 @@ from fl_privacy.influence.spectrum import estimate_spectrum
 from fl_privacy.studies.results import Portion
 from fl_privacy.studies.scene import Scene, SceneSettings
 from fl_privacy.studies.settings import device_option, option
-from fl_privacy.studies.study import Study, Summary
+from fl_privacy.studies.study import Study, Summary, spread_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -177,8 +177,9 @@ def _costs(rows: Sequence[TimeRow], method: str, other: str) -> list[float]:
 
 
 def _spread(values: Sequence[float]) -> str:
-    least, middle, most = (f"{value:.3g}" for value in (min(values), statistics.median(values), max(values)))
-    return middle if least == most else f"{middle} [{least}, {most}]"
+    """As `spread_text`; one number where all are alike."""
+    least, most = f"{min(values):.3g}", f"{max(values):.3g}"
+    return least if least == most else spread_text(values)
 
 
 def _draw(settings: TimeSettings, rows: Sequence[TimeRow], figure: Figure) -> None:

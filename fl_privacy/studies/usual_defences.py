@@ -73,6 +73,11 @@ class UsualDefencesRow:
     """Of the one that uses the noise's shape; the same where that is Gaussian, or zeros among exact entries."""
     explained: bool
 
+    @property
+    def reached(self) -> float:
+        """Error of the attack that came closer."""
+        return min(self.error, self.informed_error)
+
 
 @dataclass(frozen=True)
 class _Arm:
@@ -179,7 +184,7 @@ def _summarize(settings: UsualDefencesSettings, rows: Sequence[UsualDefencesRow]
         ]
         lines.append((f"{level:g}" if level else "own", name, *(f"{number:.3g}" for number in numbers)))
     beaten = {what: _beaten(rows, what) for what in ("equal_power", "audited", "informed")}
-    pruned = [row for row in rows if row.defence == "prune" and min(row.error, row.informed_error) > _EXACT]
+    pruned = [row for row in rows if row.defence == "prune" and row.reached > _EXACT]
     order = {what: f"{_spearman(pruned, what):.2f}" for what in ("equal_power", "audited", "informed")}
     ranked = (
         f" Over the {len(pruned)} pruned updates of which no attack comes below half a grey level the error has a "
@@ -210,11 +215,11 @@ def _summarize(settings: UsualDefencesSettings, rows: Sequence[UsualDefencesRow]
 def _beaten(rows: Sequence[UsualDefencesRow], what: str) -> str:
     """In how many runs an attack beats a prediction by more than 20 %, of those in which something is predicted."""
     able = [row for row in rows if getattr(row, what) > _EXACT]
-    return f"{sum(min(row.error, row.informed_error) < BEATEN * getattr(row, what) for row in able)} of {len(able)}"
+    return f"{sum(row.reached < BEATEN * getattr(row, what) for row in able)} of {len(able)}"
 
 
 def _spearman(rows: Sequence[UsualDefencesRow], what: str) -> float:
-    predicted, reached = [getattr(row, what) for row in rows], [min(row.error, row.informed_error) for row in rows]
+    predicted, reached = [getattr(row, what) for row in rows], [row.reached for row in rows]
     return rank_correlation(predicted, reached)
 
 
@@ -225,7 +230,7 @@ def _draw(settings: UsualDefencesSettings, rows: Sequence[UsualDefencesRow], fig
         ("audited", "by the audit"),
         ("informed", "for whoever knows the noise's shape"),
     )
-    reached = {row: _drawn_at(min(row.error, row.informed_error)) for row in rows}
+    reached = {row: _drawn_at(row.reached) for row in rows}
     lowest = min(*reached.values(), *(_drawn_at(getattr(row, what)) for row in rows for what, _ in panels))
     ends = [0.5 * lowest, 1.0]
     for axis, (what, title) in zip(axes, panels, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -19,9 +19,9 @@ from fl_privacy.attacks import (
     Adam,
     Attack,
     AttackProblem,
-    GaussianPrior,
     GaussNewton,
     Reconstruction,
+    WithPrior,
     WithWhitePrior,
     deep_leakage,
     inverting_gradients,
@@ -32,6 +32,7 @@ from fl_privacy.errors import InvalidInputError
 from fl_privacy.influence.bias import own_bias
 from fl_privacy.influence.i2f import influence_lower_bound
 from fl_privacy.influence.spectrum import Spectrum, estimate_spectrum
+from fl_privacy.reference import load_dataset
 from fl_privacy.studies.results import Portion, Progress, fill
 from fl_privacy.studies.scene import PUBLIC_IMAGES, Scene, SceneSettings, groups
 from fl_privacy.studies.settings import option
@@ -135,7 +136,7 @@ def attacks_of(settings: ValidationSettings) -> dict[str, Attack]:
     made: dict[str, Attack] = {
         "gauss-newton": GaussNewton(hops=settings.hops),
         "gauss-newton-white": WithWhitePrior(GaussNewton(hops=settings.hops)),
-        INFORMED: GaussNewton(hops=settings.hops),  # given a prior with the covariance of images
+        INFORMED: GaussNewton(hops=settings.hops),  # `run_validation` gives it a prior with the covariance of images
     }
     if steps:
         made |= {
@@ -171,20 +172,19 @@ def run_validation(
 
 
 def _portions(settings: ValidationSettings, attacks: Mapping[str, Attack]) -> Iterator[Portion[ValidationRow]]:
-    scene_of = partial(Scene.of, settings, num_public=settings.public_images)
+    data = load_dataset(settings.dataset, root=settings.data_root)
+    scene_of = partial(Scene.of, settings, num_public=settings.public_images, data=data)
     scene = scene_of(coloured=settings.prior == "images")
-    prior = scene_of(coloured=True).prior if INFORMED in attacks else scene.prior
+    if INFORMED in attacks:
+        prior = scene_of(coloured=True).to(getattr(torch, settings.precision)).prior
+        attacks = {**attacks, INFORMED: WithPrior(attacks[INFORMED], prior)}
     for group in groups(settings.num_images, settings.images_at_once):
         keys = [(i, std, name) for i in group for std in settings.noise_stds for name in attacks]
-        yield Portion(keys, partial(_rows, scene, prior, group, settings, attacks))
+        yield Portion(keys, partial(_rows, scene, group, settings, attacks))
 
 
 def _rows(
-    scene: Scene,
-    informed: GaussianPrior,
-    group: Sequence[int],
-    settings: ValidationSettings,
-    attacks: Mapping[str, Attack],
+    scene: Scene, group: Sequence[int], settings: ValidationSettings, attacks: Mapping[str, Attack]
 ) -> Iterator[ValidationRow]:
     jacobian, prior = scene.jacobian(group), scene.prior
     finest = (min(settings.noise_stds) / prior.std) ** 2
@@ -207,8 +207,7 @@ def _rows(
         own = _own_error(spectrum, noise_std, prior.std, biases[level])
         for name, attack in attacks.items():
             started = time.perf_counter()
-            known = informed.to(problem.prior.mean.dtype) if name == INFORMED else problem.prior
-            rebuilt, status = _attacked(attack, replace(problem, prior=known))
+            rebuilt, status = _attacked(attack, problem)
             seconds = (time.perf_counter() - started) / len(group)
             for unit, image in enumerate(group):
                 yield ValidationRow(
