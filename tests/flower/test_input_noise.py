@@ -85,6 +85,31 @@ def shaped_app(mod=None, **options):
     return new_app(mod, train=protecting(**options), count=2)
 
 
+def protecting_by(advice, state=None, *, seed=None, **options):
+    """A client's protection in one round, without an audit."""
+    generator = np.random.default_rng(seed)
+    return InputProtection(
+        advice,
+        RecordDict() if state is None else state,
+        None,
+        generator,
+        memory_budget=DEFAULT_MEMORY_BUDGET,
+        **options,
+    )
+
+
+def drawn_for(model, inputs, labels, **options):
+    return draw_for_examples(
+        GradientUpdate(model, nn.CrossEntropyLoss()),
+        {name: p.detach() for name, p in model.named_parameters()},
+        inputs,
+        labels,
+        prior_std=1.0,
+        generator=np.random.default_rng(0),
+        **options,
+    )
+
+
 def trained_on(arrays, batches):
     """The change of the parameters by training on batches, in float64."""
     model = new_model().double()
@@ -160,9 +185,7 @@ def test_noise_before_relus_is_shaped_by_the_jacobian_that_the_audit_takes():
         grid = run(audit(Policy(action="advise", family="shaped"), relu_width=width), {10: shaped_app()})
         advice = replace(InputAdvice.take(dict(grid.sent[0].content["config"])), kept=False)
         assert advice.relu_width == width
-        protection = InputProtection(
-            advice, RecordDict(), None, np.random.default_rng(7), memory_budget=DEFAULT_MEMORY_BUDGET
-        )
+        protection = protecting_by(advice, seed=7)
         with protection.active():
             drawn[width] = protected_inputs(model, inputs, labels, loss=loss) - inputs
         expected = draw_for_examples(
@@ -391,15 +414,7 @@ def test_a_model_whose_spectrum_cannot_be_had_gets_white_noise():
             return Once.apply(x)
 
     model, (inputs, labels) = nn.Sequential(Doubling(), new_model()), batches_of(1)[0]
-    draw = draw_for_examples(
-        GradientUpdate(model, nn.CrossEntropyLoss()),
-        {name: p.detach() for name, p in model.named_parameters()},
-        inputs,
-        labels,
-        target_leakage=0.25,
-        prior_std=1.0,
-        generator=np.random.default_rng(0),
-    )
+    draw = drawn_for(model, inputs, labels, target_leakage=0.25)
     assert "the noise is white" in draw.note
     assert (draw.leakage == 0.25).all()
     assert abs(float(draw.noise.std()) / math.sqrt(3) - 1) < 0.5
@@ -412,30 +427,14 @@ def test_who_meets_the_target_without_noise_gets_it_all_the_same_where_later_rou
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2), nn.Tanh(), nn.Linear(2, 3))
     model[1].requires_grad_(False)
     inputs, labels = batches_of(1)[0]
-    draw = draw_for_examples(
-        GradientUpdate(model, nn.CrossEntropyLoss()),
-        {name: p.detach() for name, p in model.named_parameters()},
-        inputs,
-        labels,
-        target_leakage=0.6,
-        prior_std=1.0,
-        once=once,
-        generator=np.random.default_rng(0),
-    )
+    draw = drawn_for(model, inputs, labels, target_leakage=0.6, once=once)
     assert "meet the target without noise" in draw.note
     assert (draw.leakage == leaks).all()
     assert bool(draw.noise.any()) is not once
 
 
 def test_noise_that_cannot_be_shaped_in_time_is_white():
-    protection = InputProtection(
-        InputAdvice(target_leakage=0.5, prior_std=1.0),
-        RecordDict(),
-        None,
-        np.random.default_rng(0),
-        memory_budget=DEFAULT_MEMORY_BUDGET,
-        time_limit=1e-9,
-    )
+    protection = protecting_by(InputAdvice(target_leakage=0.5, prior_std=1.0), seed=0, time_limit=1e-9)
     inputs, labels = batches_of(1)[0]
     with protection.active():
         moved = protected_inputs(new_model(), inputs, labels)
@@ -450,13 +449,7 @@ def test_examples_of_several_shapes_keep_their_noise():
     batches = [(torch.rand(2, 1, size, size), torch.tensor([0, 1])) for size in (4, 5)]
     given = []
     for _ in range(2):
-        protection = InputProtection(
-            InputAdvice(target_leakage=0.5, prior_std=1.0),
-            state,
-            None,
-            np.random.default_rng(),
-            memory_budget=DEFAULT_MEMORY_BUDGET,
-        )
+        protection = protecting_by(InputAdvice(target_leakage=0.5, prior_std=1.0), state)
         with protection.active():
             given.append([protected_inputs(model, *batch) for batch in batches])
     for first, second, (inputs, _) in zip(*given, batches, strict=True):
