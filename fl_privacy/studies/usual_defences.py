@@ -126,7 +126,7 @@ def _portions(settings: UsualDefencesSettings) -> Iterator[Portion[UsualDefences
 def _rows(scene: Scene, image: int, share: float) -> Iterator[UsualDefencesRow]:
     jacobian = scene.jacobian([image])
     update = scene.gradients([image])
-    fixed = [_Arm("half precision", 16, HalfPrecision()), _Arm("int8", 8, UniformQuantization(bits=8))]
+    fixed = [_Arm("half precision", 16.0, HalfPrecision()), _Arm("int8", 8.0, UniformQuantization(bits=8))]
     for arm in _arms(update, share) if share else fixed:
         generator = torch.Generator().manual_seed(1_009 * image + scene.seed)
         shared = arm.mechanism.apply(update, generator)
