@@ -24,6 +24,7 @@ from fl_privacy.studies.results import Portion
 from fl_privacy.studies.scene import Scene, SceneSettings, groups
 from fl_privacy.studies.settings import Settings, device_option, option, relu_width_option
 from fl_privacy.studies.study import BEATEN, FEWEST_RANKED, Study, Summary, rank_correlation
+from fl_privacy.ticks import plain_ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -255,8 +256,11 @@ def _draw(settings: ArchitecturesSettings, rows: Sequence[ArchitecturesRow], fig
         ends = [min(values) / 1.3, max(values) * 1.3]
         axis.plot(ends, ends, color="black", linewidth=1)
         axis.set(xscale="log", yscale="log", xlabel=f"{label.removeprefix('the ')}, rmse")
+        plain_ticks(axis.xaxis)
+        axis.tick_params(axis="x", labelsize=8)
     reached = [row.error for row in rows]
     axes[0].set_ylim(min(reached) / 1.5, max(reached) * 1.5)
+    plain_ticks(axes[0].yaxis)
     axes[0].set_ylabel("error of the attack, rmse")
     _legend(settings, axes[-1])
 
