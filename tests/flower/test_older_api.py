@@ -453,7 +453,7 @@ class TestSecureAggregation:
 
     def test_arrays_that_arrive_as_float64_which_secagg_makes_of_them_are_told_apart(self):
         sent = [value.numpy().astype(np.float64) / 3 for value in new_model().state_dict().values()]
-        client = own(NODES[0])
+        client = own(NODES[0], noise_seed=lambda _ins, context: context.node_id)
         advice = Advice(noise_std=0.03, target_leakage=TARGET, parameters=PARAMETERS)
         config = {**Request.for_estimate(SETTINGS).entries(), **advice.entries(), NAMES_KEY: json.dumps(PARAMETERS)}
         report = take_report(client.fit(FitIns(ndarrays_to_parameters(sent), config)).metrics)
