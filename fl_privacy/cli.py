@@ -23,6 +23,7 @@ from fl_privacy.commands.compare_inits import compare_inits
 from fl_privacy.commands.init import init
 from fl_privacy.commands.options import LedgerArgument
 from fl_privacy.commands.picture import picture
+from fl_privacy.commands.rehearse import rehearse
 from fl_privacy.commands.report import report
 from fl_privacy.commands.study import study
 from fl_privacy.commands.validate import validate
@@ -116,6 +117,7 @@ app.command(epilog="Exit codes: 0 written, 1 written, but the ledger was tampere
 app.command(epilog="Exit codes: 0 done, 2 wrong usage or missing data.")(validate)
 app.command(epilog="Exit codes: 0 drawn, 2 wrong usage or missing data.")(picture)
 app.command(name="compare-inits", epilog="Exit codes: 0 done, 2 wrong usage or missing data.")(compare_inits)
+app.command(epilog="Exit codes: 0 done, 2 wrong usage or missing data.")(rehearse)
 app.add_typer(study, name="study")
 
 

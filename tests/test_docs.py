@@ -215,6 +215,7 @@ def test_every_public_name_is_in_the_reference():
         ".monitoring",
         ".attacks",
         ".pictures",
+        ".rehearsal",
     ):
         module = importlib.import_module(f"fl_privacy{package}")
         for name in set(module.__all__) - {"__version__"}:

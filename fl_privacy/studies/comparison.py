@@ -67,8 +67,8 @@ class InitializationExposure:
     relative: Range
 
 
-def load_examples(data: str, *, root: Path) -> Examples:
-    """Returns the test images of a reference data set, or the arrays `inputs` and `labels` of an .npz file.
+def load_examples(data: str, *, root: Path, public: bool = False) -> Examples:
+    """Returns test images of a reference data set, or public ones, or arrays `inputs` and `labels` of an .npz file.
 
     The prior is that of the data set's training images, or of the file's own inputs.
 
@@ -77,9 +77,9 @@ def load_examples(data: str, *, root: Path) -> Examples:
     """
     if data in DATASETS:
         images = load_dataset(data, root=root)
-        public, _ = images.train.select(slice(0, 2000))
-        inputs, labels = images.test.select(slice(0, 2000))
-        return Examples(inputs.double(), labels, GaussianPrior.from_examples(public.double()))
+        trained, classes = images.train.select(slice(0, 2000))
+        inputs, labels = (trained, classes) if public else images.test.select(slice(0, 2000))
+        return Examples(inputs.double(), labels, GaussianPrior.from_examples(trained.double()))
     if not data.endswith(".npz"):
         raise InvalidInputError(f"expected one of {', '.join(sorted(DATASETS))} or an .npz file, got {data!r}")
     with np.load(data, allow_pickle=False) as arrays:

@@ -1,40 +1,40 @@
 """What protection costs in accuracy, at equal leakage over a whole run, in which every share of an example counts.
 
-A federation whose clients hold `batch` examples each, and share the gradient of all of them in every round. Leakage is
-of one example, whose rest of the batch the attacker knows, over all rounds together: the information of several shares
-adds up, G_1/σ_1² + ... + G_T/σ_T² for isotropic noise, and T/h for input noise that is drawn anew in every round. Noise
-on the input that is drawn once and kept leaks no more in many rounds than in one.
-
-Isotropic noise moves the parameters to where gradients, and with them leakage, may be larger. So its σ_t follows the
-run: in proportion to what one share would need at this round's parameters, by a factor that is sought until the leakage
-of all rounds together, measured along the very run, is the target.
+A federation whose clients hold `batch` examples each, and share the gradient of all of them in every round
+(`fl_privacy.rehearsal`). Noise on the input that is drawn once and kept leaks no more in many rounds than in one; drawn
+anew in every round it has the information T/h. Where the rule that picks a family is not sure of itself, a rehearsal on
+public images (`--rehearse`) decides in its place, and the map says whether it was right.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
-from itertools import pairwise
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch import Tensor
+from torch.func import grad, vmap
 
 from fl_privacy.attacks import GaussianPrior
-from fl_privacy.audit.family import cheaper_family, relative_noise
+from fl_privacy.audit.family import cheaper_family, is_sure, relative_noise
 from fl_privacy.errors import InvalidInputError
-from fl_privacy.influence.jacobian import UpdateJacobian
-from fl_privacy.influence.operators import GramSum, MeanGram
-from fl_privacy.influence.quadrature import eigenvalue_rule
-from fl_privacy.influence.recommendation import recommend_noise
-from fl_privacy.influence.rounding import rounded_off
-from fl_privacy.influence.spectrum import Spectrum, dense_gram, estimate_spectrum
-from fl_privacy.influence.update import GradientUpdate
 from fl_privacy.reference import build_model, load_dataset
+from fl_privacy.rehearsal.federation import Federation, Parameters, mean_leakage, noise_for, together
+from fl_privacy.rehearsal.outcome import (
+    MET,
+    Outcome,
+    fresh_outcome,
+    input_law,
+    isotropic_outcome,
+    kept_outcome,
+)
+from fl_privacy.rehearsal.rehearse import RehearsedFamily, rehearsed_outcomes
 from fl_privacy.studies.results import Portion
 from fl_privacy.studies.settings import Settings, option, relu_width_option
 from fl_privacy.studies.study import Study, Summary
@@ -43,14 +43,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ARMS = ("none", "isotropic", "shaped kept", "shaped fresh", "white kept", "pruning")
-_SLACK = 1.02
-"""Measured leakage over its target from which on an arm has missed it."""
-_TRIES, _STEP = 14, 0.25
-"""Most runs in search of the factor on isotropic noise, and the steps in its logarithm."""
+REHEARSED: Mapping[RehearsedFamily, str] = MappingProxyType(
+    {
+        "shaped": "rehearsed shaped kept",
+        "white": "rehearsed white kept",
+        "isotropic": "rehearsed isotropic",
+    }
+)
+"""Arms on public images, by the family that they speak for."""
 _POINTS = (-2, -1, 0, 1, 2, 5, 10, 20, 40, 80)
 """Points of accuracy that are named in the figure."""
-_FORMED = 1024
-"""Elements of the largest input whose G is formed; of larger ones it is known by products, and leakage is sampled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,7 @@ class AccuracySettings(Settings):
     checkpoints: int = option(10, "Rounds at which it is followed; those between are interpolated.", minimum=2)
     num_seeds: int = option(3, "Repetitions of noise and initialization.", minimum=1)
     relu_width: float = relu_width_option()
+    rehearse: bool = option(False, "Rehearse on public images where the rule is not sure of itself.", recorded=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,184 +97,52 @@ class AccuracyRow:
     """Noise that one share would need at the start, on the average of all clients, over the norm of that average."""
 
 
-@dataclass(frozen=True, eq=False)
-class _Federation:
-    settings: AccuracySettings
-    seed: int
-
-    @cached_property
-    def data(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Private, public and test images with their labels."""
-        data = load_dataset(self.settings.dataset, root=self.settings.data_root)
-        private, public = self.settings.num_examples, max(512, self.settings.num_public)
-        if len(data.train) < private + public // 2:
-            raise InvalidInputError(f"expected at most {len(data.train) - public // 2} examples, got {private}")
-        x, y = data.train.select(slice(0, private))
-        px, py = data.train.select(slice(private, private + public))
-        tx, ty = data.test.select(slice(0, 2000))
-        return x, y, px, py, tx, ty
-
-    @cached_property
-    def model(self) -> nn.Module:
-        data = load_dataset(self.settings.dataset, root=self.settings.data_root)
-        torch.manual_seed(self.seed)
-        return build_model(self.settings.model, input_shape=data.input_shape, num_classes=data.num_classes)
-
-    @cached_property
-    def prior(self) -> GaussianPrior:
-        return GaussianPrior.from_examples(self.data[2].double())
-
-    @cached_property
-    def start(self) -> dict[str, Tensor]:
-        return {name: p.detach().clone() for name, p in self.model.named_parameters()}
-
-    def gradient(self, params: dict[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """Mean-loss gradient of all examples: the average over clients of one size."""
-
-        def loss(params: dict[str, Tensor]) -> Tensor:
-            outputs: Tensor = functional_call(self.model, params, (x,))
-            return nn.functional.cross_entropy(outputs, y)
-
-        result: dict[str, Tensor] = grad(loss)(params)
-        return result
-
-    def accuracy(self, params: dict[str, Tensor]) -> float:
-        *_, x, y = self.data
-        with torch.no_grad():
-            outputs: Tensor = functional_call(self.model, params, (x,))
-        return float((outputs.argmax(1) == y).double().mean())
-
-    def audited(self, params: dict[str, Tensor]) -> _Share:
-        """What one share at some parameters tells of the audited examples."""
-        x, y, *_ = self.data
-        chosen = slice(0, self.settings.num_audited)
-        jacobian = self.jacobian(params, x[chosen], y[chosen])
-        return _Share(jacobian, _formed(jacobian) if jacobian.input_dim <= _FORMED else None)
-
-    def jacobian(self, params: dict[str, Tensor], x: Tensor, y: Tensor) -> UpdateJacobian:
-        """Of the gradients of single examples."""
-        update = rounded_off(GradientUpdate(self.model, nn.CrossEntropyLoss()), self.settings.relu_width)
-        return UpdateJacobian(update, params, x[:, None], y[:, None])
-
-    @cached_property
-    def public_law(self) -> tuple[Spectrum, Tensor, Tensor]:
-        """Spectrum, eigenvalues and eigenvectors of the public covariance, at the start."""
-        _, _, x, y, _, _ = self.data
-        n = self.settings.num_public
-        jacobian = self.jacobian(self.start, x[:n], y[:n])
-        gram = _formed(jacobian).mean(0)
-        return _exact_spectrum(gram[None], MeanGram(jacobian).update_dim), *torch.linalg.eigh(gram)
-
-
-@dataclass(frozen=True, eq=False)
-class _Share:
-    """G_t of the audited examples at one θ: by products, and formed `[n, D, D]` where inputs are small."""
-
-    jacobian: UpdateJacobian
-    gram: Tensor | None
-
-
-def _formed(jacobian: UpdateJacobian) -> Tensor:
-    return torch.stack([dense_gram(jacobian, unit) for unit in range(jacobian.num_units)])
-
-
-def _exact_spectrum(gram: Tensor, update_dim: int) -> Spectrum:
-    rule, (units, dim, _) = eigenvalue_rule(gram), gram.shape
-    resolution = torch.finfo(torch.float32).eps * rule.largest
-    return Spectrum(rule, rule, dim, update_dim, resolution, torch.full((units,), dim), exact=True)
-
-
-def _together(shares: Sequence[_Share], noise_stds: Sequence[float]) -> Spectrum:
-    """The spectrum of Σ_t G_t/σ_t²."""
-    formed = [share.gram for share in shares if share.gram is not None]
-    if formed:
-        total = sum((gram / std**2 for gram, std in zip(formed, noise_stds, strict=True)), torch.zeros_like(formed[0]))
-        return _exact_spectrum(total, sum(share.jacobian.update_dim for share in shares))
-    return estimate_spectrum(GramSum([share.jacobian for share in shares], noise_stds=noise_stds))
-
-
-def _train(
-    federation: _Federation,
-    num_rounds: int,
-    generator: torch.Generator,
-    *,
-    target: float | None = None,
-    factor: float = 0.0,
-    dilution: float = 1.0,
-    kept: Tensor | None = None,
-    fresh: Tensor | None = None,
-    pruned: tuple[int, int] | None = None,
-) -> tuple[dict[str, Tensor], Spectrum | None]:
-    """Returns the parameters after the last round and, with isotropic noise, the spectrum of the audited's Σ G_t/σ_t².
+def _federation(settings: AccuracySettings, seed: int, *, rehearsed: bool = False) -> Federation:
+    """Returns the federation of one seed.
 
     Args:
-        federation: Who trains.
-        num_rounds: T.
-        generator: Of all noise.
-        target: Of isotropic noise, whose σ_t is `factor` times what a share needs for it at the parameters of round t.
-        factor: On it.
-        dilution: What becomes of the noise of a client of one example on the average of all clients.
-        kept: Noise on the inputs `[M, D]`, drawn once.
-        fresh: Root of the covariance of noise on the inputs `[D, D]`, drawn anew in every round.
-        pruned: (batch size, entries that each client keeps).
+        settings: Of the study. The number of rounds is that of its first.
+        seed: Of the initialization.
+        rehearsed: Whether public images train in place of private ones, and others of them are tested on.
     """
-    settings = federation.settings
-    x, y, *_ = federation.data
-    params, velocity = federation.start, {name: torch.zeros_like(p) for name, p in federation.start.items()}
-    at = torch.linspace(0, num_rounds - 1, min(settings.checkpoints, num_rounds)).round().long().tolist()
-    shown: list[_Share] = []
-    stds: list[float] = []
-    for t in range(num_rounds):
-        if target is not None and t in at:
-            shown.append(federation.audited(params))
-            stds.append(factor * _noise_for(_together(shown[-1:], [1.0]), target, federation.prior.std))
-        noise_std = dilution * stds[-1] if stds else 0.0
-        inputs = x
-        if kept is not None:
-            inputs = x + kept.reshape(x.shape)
-        if fresh is not None:
-            z = torch.randn(len(x), len(fresh), generator=generator)
-            inputs = x + (z @ fresh).reshape(x.shape)
-        gradient = (
-            federation.gradient(params, inputs, y)
-            if pruned is None
-            else _pruned_gradient(federation, params, inputs, y, *pruned)
-        )
-        for name, g in gradient.items():
-            noisy = g + noise_std * torch.randn(g.shape, generator=generator) if noise_std else g
-            velocity[name] = settings.momentum * velocity[name] + noisy
-        params = {name: p - settings.lr * velocity[name] for name, p in params.items()}
-    if target is None:
-        return params, None
-    return params, _together(shown, [weight**-0.5 for weight in _interpolated_weights(stds, at)])
-
-
-def _interpolated_weights(stds: list[float], at: list[int]) -> list[float]:
-    """Of the G_t at some rounds in Σ_t G_t/σ_t² over all: between them G_t is interpolated, and σ_t kept."""
-    weights = [0.0] * len(at)
-    for index, (first, last) in enumerate(pairwise(at)):
-        for t in range(first, last):
-            beyond = (t - first) / (last - first)
-            weights[index] += (1 - beyond) / stds[index] ** 2
-            weights[index + 1] += beyond / stds[index] ** 2
-    weights[-1] += 1 / stds[-1] ** 2
-    return weights
+    data = load_dataset(settings.dataset, root=settings.data_root)
+    private, public = settings.num_examples, max(512, settings.num_public)
+    if len(data.train) < private + public // 2:
+        raise InvalidInputError(f"expected at most {len(data.train) - public // 2} examples, got {private}")
+    x, y = data.train.select(slice(private, private + public))
+    shaping, prior = (x[: settings.num_public], y[: settings.num_public]), GaussianPrior.from_examples(x.double())
+    trained = data.train.select(slice(0, private))
+    tested = data.test.select(slice(0, 2000))
+    if rehearsed:
+        trained = x[settings.num_public :], y[settings.num_public :]
+        tested = data.train.select(slice(private + public, private + public + 2000))
+        if min(len(tested[0]), len(trained[0])) < max(32, settings.num_audited):
+            raise InvalidInputError(f"expected public images enough to rehearse on, got {len(x)} and {len(tested[0])}")
+    torch.manual_seed(seed)
+    return Federation(
+        model=build_model(settings.model, input_shape=data.input_shape, num_classes=data.num_classes),
+        private=trained,
+        public=shaping,
+        test=tested,
+        prior=prior,
+        num_rounds=settings.rounds[0],
+        lr=settings.lr,
+        momentum=settings.momentum,
+        num_audited=settings.num_audited,
+        checkpoints=settings.checkpoints,
+        relu_width=settings.relu_width,
+    )
 
 
 def _pruned_gradient(
-    federation: _Federation, params: dict[str, Tensor], x: Tensor, y: Tensor, batch: int, entries: int
-) -> dict[str, Tensor]:
+    federation: Federation, batch: int, entries: int, params: Parameters, x: Tensor, y: Tensor
+) -> Parameters:
     """Average over clients of their gradients, of each only its largest entries."""
-
-    def loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        outputs: Tensor = functional_call(federation.model, params, (x,))
-        return nn.functional.cross_entropy(outputs, y)
-
     clients = len(x) // batch
     xs, ys = x[: clients * batch].reshape(clients, batch, *x.shape[1:]), y[: clients * batch].reshape(clients, batch)
-    total: dict[str, Tensor] = {name: torch.zeros_like(p) for name, p in params.items()}
+    total = {name: torch.zeros_like(p) for name, p in params.items()}
     for chunk in torch.split(torch.arange(clients), 128):
-        each = vmap(grad(loss), in_dims=(None, 0, 0))(params, xs[chunk], ys[chunk])
+        each = vmap(grad(federation.loss), in_dims=(None, 0, 0))(params, xs[chunk], ys[chunk])
         flat = torch.cat([g.flatten(1) for g in each.values()], 1)
         if entries < flat.shape[1]:
             floor = flat.abs().topk(entries, dim=1).values[:, -1:]
@@ -283,28 +154,13 @@ def _pruned_gradient(
     return total
 
 
-def _leakage(spectrum: Spectrum, noise_std: float, tau: float) -> float:
-    """Of the audited examples, mean."""
-    return float(spectrum.leakage(noise_std, tau).value.mean())
-
-
-def _noise_for(spectrum: Spectrum, target: float, tau: float) -> float:
-    """The σ of a client of one example at which the audited ones leak the target on average, over all rounds."""
-    low, high = -40.0, 40.0
-    for _ in range(100):
-        middle = (low + high) / 2
-        leaks = _leakage(spectrum, math.exp(middle), tau) > target
-        low, high = (middle, high) if leaks else (low, middle)
-    return math.exp(high)
-
-
 def _portions(settings: AccuracySettings) -> Iterator[Portion[AccuracyRow]]:
     if max(settings.targets) >= 1:
         raise InvalidInputError(f"expected targets below 1, got {settings.targets}")
     if max(settings.batch_sizes) > settings.num_examples:
         raise InvalidInputError(f"expected batches of at most {settings.num_examples}, got {settings.batch_sizes}")
     for seed in range(settings.num_seeds):
-        federation = _Federation(settings, seed)
+        federation = _federation(settings, seed)
         for num_rounds in settings.rounds:
             keys = [(batch, num_rounds, 1.0, "none", seed) for batch in settings.batch_sizes]
             keys += [
@@ -313,119 +169,122 @@ def _portions(settings: AccuracySettings) -> Iterator[Portion[AccuracyRow]]:
                 for target in settings.targets
                 for arm in ARMS[1:]
             ]
-            yield Portion(keys, partial(_rows, federation, num_rounds))
+            yield Portion(keys, partial(_rows, settings, federation, seed, num_rounds))
+    if settings.rehearse:
+        for num_rounds, batch, target in _unsure(settings):
+            for seed in range(settings.num_seeds):
+                keys = [(batch, num_rounds, target, arm, seed) for arm in REHEARSED.values()]
+                yield Portion(keys, partial(_rehearsed_rows, settings, seed, num_rounds, batch, target))
 
 
-def _rows(federation: _Federation, num_rounds: int) -> Iterator[AccuracyRow]:
-    settings, tau = federation.settings, federation.prior.std
-    generator = torch.Generator().manual_seed(1_000_003 * federation.seed + num_rounds)
-    params, _ = _train(federation, num_rounds, generator)
-    x, y, *_ = federation.data
-    start = _together([federation.audited(federation.start)], [1.0])
-    undefended = _leakage(start, 1e-6, tau)
-    mean = federation.gradient(federation.start, x, y)
-    norm = math.sqrt(sum(float(g.square().sum()) for g in mean.values()))
-    update_dim = sum(g.numel() for g in mean.values())
-
-    def row(batch: int, target: float, arm: str, accuracy: float, leakage: float, strength: float) -> AccuracyRow:
-        return AccuracyRow(
-            batch_size=batch,
-            num_rounds=num_rounds,
-            target=target,
-            arm=arm,
-            seed=federation.seed,
-            accuracy=accuracy,
-            leakage=leakage,
-            strength=strength,
-            relative_noise=math.nan
-            if target == 1
-            else relative_noise(
-                _noise_for(start, target, tau) / batch,
-                update_dim=update_dim,
-                average_norm=norm,
-                num_clients=settings.num_examples // batch,
-                shares=1,
-            ),
-        )
-
-    # An example of a batch of N has J/N, and the average over clients divides their noise by the root of their number.
-    dilution_of = {batch: 1 / batch / math.sqrt(settings.num_examples // batch) for batch in settings.batch_sizes}
-    for batch in settings.batch_sizes:
-        yield row(batch, 1.0, "none", federation.accuracy(params), undefended, 0.0)
-    for target in settings.targets:
-        for arm, accuracy, strength, leakage in _on_inputs(federation, num_rounds, target, generator):
-            for batch in settings.batch_sizes:
-                yield row(batch, target, arm, accuracy, leakage, strength)
-        for batch in settings.batch_sizes:
-            yield row(
-                batch, target, "isotropic", *_isotropic(federation, num_rounds, target, batch, dilution_of[batch])
-            )
-            yield row(batch, target, "pruning", *_pruning(federation, num_rounds, target, batch, generator))
+def _unsure(settings: AccuracySettings) -> Iterator[tuple[int, int, float]]:
+    """Yields rounds, batch size and target of the cells in which a rehearsal is to decide."""
+    federation = _federation(settings, 0)
+    for target in _ordered(settings):
+        single = _quotient(federation, target, 1, settings.num_examples)
+        for num_rounds, batch in product(settings.rounds, settings.batch_sizes):
+            clients = settings.num_examples // batch
+            relative = single / batch * math.sqrt(settings.num_examples / clients * num_rounds)
+            if not is_sure(relative, target_leakage=target):
+                yield num_rounds, batch, target
 
 
-def _on_inputs(
-    federation: _Federation, num_rounds: int, target: float, generator: torch.Generator
-) -> Iterator[tuple[str, float, float, float]]:
-    """Arm, accuracy, rms of the noise and total leakage of noise on the inputs."""
-    tau, (spectrum, eigenvalues, vectors) = federation.prior.std, federation.public_law
-    law = recommend_noise(spectrum, target_leakage=target, prior_std=tau)
-    variances = law.variance(eigenvalues.clamp(min=0)[None])[0]
-    root = (vectors @ torch.diag(variances.sqrt()) @ vectors.T).float()
-    examples, dim = len(federation.data[0]), len(root)
-    white = float(law.white_std)
-    shaped_leakage = float((tau**2 / (tau**2 + variances)).mean())
-    z = torch.randn(examples, dim, generator=generator)
-    for arm, noise, leakage in (("shaped kept", z @ root, shaped_leakage), ("white kept", white * z, target)):
-        params, _ = _train(federation, num_rounds, generator, kept=noise)
-        yield arm, federation.accuracy(params), float(noise.square().mean().sqrt()), leakage
-    # T independent draws of variance T·h tell as much as one of variance h.
-    params, _ = _train(federation, num_rounds, generator, fresh=math.sqrt(num_rounds) * root)
-    yield (
-        "shaped fresh",
-        federation.accuracy(params),
-        math.sqrt(num_rounds) * float(variances.mean().sqrt()),
-        shaped_leakage,
+def _quotient(federation: Federation, target: float, batch: int, num_clients: int) -> float:
+    """Returns the noise that one share would need at the start, on the average of all clients, over its norm."""
+    mean = federation.gradient(federation.start, *federation.private)
+    return relative_noise(
+        noise_for(together([federation.audited(federation.start)], [1.0]), target, federation.prior.std) / batch,
+        update_dim=sum(g.numel() for g in mean.values()),
+        average_norm=math.sqrt(sum(float(g.square().sum()) for g in mean.values())),
+        num_clients=num_clients,
+        shares=1,
     )
 
 
-def _isotropic(
-    federation: _Federation, num_rounds: int, target: float, batch: int, dilution: float
-) -> tuple[float, float, float]:
-    """Accuracy, leakage along the very run, and σ of a client in its first round."""
-    tau, seed = federation.prior.std, 1_000_003 * federation.seed + 7 * num_rounds
-    first = _noise_for(_together([federation.audited(federation.start)], [1.0]), target, tau)
+def _rows(settings: AccuracySettings, base: Federation, seed: int, num_rounds: int) -> Iterator[AccuracyRow]:
+    federation = replace(base, num_rounds=num_rounds)
+    generator = torch.Generator().manual_seed(1_000_003 * seed + num_rounds)
+    row = partial(_row, settings, seed, num_rounds)
+    undefended = mean_leakage(together([federation.audited(federation.start)], [1.0]), 1e-6, federation.prior.std)
+    clean = Outcome(accuracy=federation.accuracy(federation.train()), leakage=undefended, strength=0.0)
+    quotients = {
+        (batch, target): _quotient(federation, target, batch, settings.num_examples // batch)
+        for batch in settings.batch_sizes
+        for target in settings.targets
+    }
+    for batch in settings.batch_sizes:
+        yield row(batch, 1.0, "none", clean, math.nan)
+    for target in settings.targets:
+        for arm, outcome in _on_inputs(federation, target, generator):
+            for batch in settings.batch_sizes:
+                yield row(batch, target, arm, outcome, quotients[batch, target])
+        for batch in settings.batch_sizes:
+            isotropic = isotropic_outcome(
+                federation,
+                target,
+                num_clients=settings.num_examples // batch,
+                batch=batch,
+                seed=1_000_003 * seed + 7 * num_rounds,
+            )
+            yield row(batch, target, "isotropic", isotropic, quotients[batch, target])
+            yield row(batch, target, "pruning", _pruning(federation, target, batch), quotients[batch, target])
 
-    def run(log_factor: float) -> tuple[float, float]:
-        generator = torch.Generator().manual_seed(seed)  # the same noise but for its size
-        factor = math.exp(log_factor)
-        params, followed = _train(federation, num_rounds, generator, target=target, factor=factor, dilution=dilution)
-        assert followed is not None
-        return federation.accuracy(params), _leakage(followed, 1.0, tau)
 
-    # Upwards to the first factor that meets the target: beyond it, noise may ruin the model, and leakage with it grow.
-    tried: list[tuple[float, float, float]] = []
-    at, low, high = math.log(num_rounds) / 2 - _STEP, -math.inf, math.inf
-    for _ in range(_TRIES):
-        accuracy, leakage = run(at)
-        tried.append((at, accuracy, leakage))
-        if abs(leakage / target - 1) < 0.01:
-            break
-        low, high = (at, high) if leakage > target else (low, at)
-        at = at + _STEP if high == math.inf else at - _STEP if low == -math.inf else (low + high) / 2
-    at, accuracy, leakage = min(tried, key=lambda run: abs(math.log(run[2] / target)))
-    return accuracy, leakage, math.exp(at) * first / batch
+def _row(
+    settings: AccuracySettings,
+    seed: int,
+    num_rounds: int,
+    batch: int,
+    target: float,
+    arm: str,
+    outcome: Outcome,
+    quotient: float,
+) -> AccuracyRow:
+    return AccuracyRow(
+        batch_size=batch,
+        num_rounds=num_rounds,
+        target=target,
+        arm=arm,
+        seed=seed,
+        accuracy=outcome.accuracy,
+        leakage=outcome.leakage,
+        strength=outcome.strength,
+        relative_noise=quotient,
+    )
 
 
-def _pruning(
-    federation: _Federation, num_rounds: int, target: float, batch: int, generator: torch.Generator
-) -> tuple[float, float, float]:
-    """Accuracy, leakage and share kept: E exact entries a round determine E·T of the batch's N·D numbers."""
+def _rehearsed_rows(
+    settings: AccuracySettings, seed: int, num_rounds: int, batch: int, target: float
+) -> Iterator[AccuracyRow]:
+    federation = replace(_federation(settings, seed, rehearsed=True), num_rounds=num_rounds)
+    clients = settings.num_examples // batch
+    quotient = _quotient(federation, target, batch, clients)
+    found = rehearsed_outcomes(federation, target, num_clients=clients, batch=batch, seed=seed)
+    for family, outcome in found:
+        yield _row(settings, seed, num_rounds, batch, target, REHEARSED[family], outcome, quotient)
+
+
+def _on_inputs(federation: Federation, target: float, generator: torch.Generator) -> Iterator[tuple[str, Outcome]]:
+    """Arm and outcome of noise on the inputs."""
+    law = input_law(federation, target)
+    z = torch.randn(len(federation.private[0]), len(law.root), generator=generator)
+    yield "shaped kept", kept_outcome(federation, z @ law.root, law.shaped_leakage)
+    yield "white kept", kept_outcome(federation, law.white_std * z, target)
+    yield "shaped fresh", fresh_outcome(federation, law, generator)
+
+
+def _pruning(federation: Federation, target: float, batch: int) -> Outcome:
+    """What becomes of a run in which E exact entries a round determine E·T of the batch's N·D numbers."""
     dim, update_dim = federation.prior.mean.numel(), sum(p.numel() for p in federation.start.values())
-    entries = int(target * dim * batch / num_rounds)
+    entries = int(target * dim * batch / federation.num_rounds)
     if entries < 1:
-        return math.nan, math.nan, 0.0
-    params, _ = _train(federation, num_rounds, generator, pruned=(batch, entries))
-    return federation.accuracy(params), entries * num_rounds / (dim * batch), entries / update_dim
+        return Outcome(accuracy=math.nan, leakage=math.nan, strength=0.0)
+    params = federation.train(gradient=partial(_pruned_gradient, federation, batch, entries))
+    return Outcome(
+        accuracy=federation.accuracy(params),
+        leakage=entries * federation.num_rounds / (dim * batch),
+        strength=entries / update_dim,
+    )
 
 
 def _cells(
@@ -446,7 +305,7 @@ def _meeting(rows: Sequence[AccuracyRow], target: float) -> Sequence[AccuracyRow
     best: dict[int, AccuracyRow | None] = dict.fromkeys(row.seed for row in rows)
     for row in rows:
         held = best[row.seed]
-        if row.leakage <= _SLACK * target and (held is None or row.accuracy > held.accuracy):
+        if row.leakage <= MET * target and (held is None or row.accuracy > held.accuracy):
             best[row.seed] = row
     met = [row for row in best.values() if row is not None]
     return met if len(met) == len(best) else ()
@@ -456,8 +315,17 @@ def _mean(rows: Sequence[AccuracyRow]) -> float:
     return sum(row.accuracy for row in rows) / len(rows) if rows else math.nan
 
 
-def _recommended(rows: Sequence[AccuracyRow], target: float) -> str:
-    """The arm that the library's estimate picks in a cell."""
+def _recommended(
+    cells: Mapping[tuple[int, int, float, str], Sequence[AccuracyRow]], cell: tuple[int, int, float]
+) -> str:
+    """The arm that the library picks in a cell: by the rehearsal where there is one, by its rule elsewhere."""
+    batch, num_rounds, target = cell
+    rehearsed = {family: cells.get((*cell, arm), ()) for family, arm in REHEARSED.items()}
+    if all(rehearsed.values()):
+        means = {family: _mean(_meeting(rows, target)) for family, rows in rehearsed.items()}
+        family = max(means, key=lambda family: -1.0 if math.isnan(means[family]) else means[family])
+        return {"isotropic": "isotropic", "shaped": "shaped kept", "white": "white kept"}[family]
+    rows = cells[batch, num_rounds, target, "isotropic"]
     relative = statistics.median(row.relative_noise * math.sqrt(row.num_rounds) for row in rows)
     return "isotropic" if cheaper_family(relative, target_leakage=target) == "isotropic" else "shaped kept"
 
@@ -468,6 +336,7 @@ class _Verdict:
 
     means: dict[str, float]
     recommended: str
+    rehearsed: bool
 
     @property
     def best(self) -> str:
@@ -496,7 +365,11 @@ def _verdicts(settings: AccuracySettings, rows: Sequence[AccuracyRow]) -> dict[t
                     row for at in settings.targets for row in cells.get((batch, num_rounds, at, "isotropic"), [])
                 ]
                 means["isotropic"] = _mean(_meeting(searched, target))
-                found[batch, num_rounds, target] = _Verdict(means, _recommended(mine["isotropic"], target))
+                found[batch, num_rounds, target] = _Verdict(
+                    means,
+                    _recommended(cells, (batch, num_rounds, target)),
+                    all((batch, num_rounds, target, arm) in cells for arm in REHEARSED.values()),
+                )
     return found
 
 
@@ -509,17 +382,18 @@ def _summarize(settings: AccuracySettings, rows: Sequence[AccuracyRow]) -> Summa
         clean = f"{_mean(cells.get((batch, num_rounds, 1.0, 'none'), [])):.3f}"
         behind = "–" if math.isnan(verdict.behind) else f"{verdict.behind:.1f}"
         cell = (str(num_rounds), str(batch), f"{target:g}", clean, *shown, verdict.best)
-        lines.append((*cell, verdict.recommended, behind))
+        by = "rehearsal" if verdict.rehearsed else "rule"
+        lines.append((*cell, verdict.recommended, by, behind))
     close = sum(verdict.behind <= 1 for verdict in verdicts.values())
     seeds = len({row.seed for row in rows})
     return Summary(
         f"Accuracy after the last round, {'one seed' if seeds == 1 else f'mean of {seeds} seeds'}, at equal leakage of "
         "an example over all rounds; of isotropic noise, the most accurate run that leaks no more. –: the arm cannot "
-        f"meet the target: every run leaks over {_SLACK - 1:.0%} more, or no entry of the update may be kept. Best "
+        f"meet the target: every run leaks over {MET - 1:.0%} more, or no entry of the update may be kept. Best "
         "protected arm: "
         f"{', '.join(f'{arm} {count}' for arm, count in wins.items() if count)} of {len(lines)} cells. The recommended "
         f"one is within one point of the best in {close} of them; behind: points of accuracy.",
-        ("rounds", "batch", "target", *ARMS, "best", "recommended", "behind"),
+        ("rounds", "batch", "target", *ARMS, "best", "recommended", "by", "behind"),
         tuple(lines),
     )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fl_privacy.audit.family import cheaper_family, relative_noise
+from fl_privacy.audit.family import cheaper_family, is_sure, relative_noise
 from fl_privacy.studies.noise_accuracy import AccuracyRow, AccuracySettings, _verdicts
 from fl_privacy.studies.results import read_rows
 
@@ -20,6 +20,12 @@ def test_isotropic_noise_may_be_nine_tenths_of_the_relative_power_of_noise_on_in
     most = 0.9 * (1 / target - 1)
     assert cheaper_family(0.999 * most, target_leakage=target) == "isotropic"
     assert cheaper_family(1.001 * most, target_leakage=target) == "shaped"
+
+
+@pytest.mark.parametrize(("quotient", "sure"), [(0.89, True), (0.91, False), (3.99, False), (4.01, True)])
+def test_between_quotients_of_nine_tenths_and_four_the_rule_is_not_sure_of_itself(quotient, sure):
+    for target in (0.75, 0.1):
+        assert is_sure(quotient * (1 / target - 1), target_leakage=target) is sure
 
 
 def test_relative_noise_is_that_of_all_shares_on_the_average_of_all_clients():

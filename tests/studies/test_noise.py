@@ -11,10 +11,11 @@ from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from fl_privacy.attacks import IndependentNoise
+from fl_privacy.audit.family import is_sure
 from fl_privacy.cli import app
 from fl_privacy.studies import load_study
 from fl_privacy.studies.noise import NoiseRow, NoiseSettings, _Unit
-from fl_privacy.studies.noise_accuracy import ARMS, AccuracyRow, _meeting
+from fl_privacy.studies.noise_accuracy import ARMS, REHEARSED, AccuracyRow, _meeting
 from fl_privacy.studies.results import read_rows
 from fl_privacy.studies.scene import Scene
 
@@ -167,3 +168,34 @@ def test_targets_of_one_and_more_are_refused(study: str, tmp_path: Path) -> None
     outcome = CliRunner().invoke(app, ["study", study, "--targets", "1.0", "-o", str(tmp_path)])
     assert outcome.exit_code == 2
     assert "targets below 1" in outcome.output
+
+
+def test_a_rehearsal_decides_where_the_rule_is_not_sure_and_adds_to_a_map_that_is_there(tmp_path: Path) -> None:
+    cells = (
+        *("noise-accuracy", "--num-examples", "64", "--batch-sizes", "4,32", "--rounds", "5", "--targets", "0.3,0.1"),
+        *("--num-seeds", "1", "--num-audited", "2", "--checkpoints", "2", "-o", str(tmp_path)),
+    )
+    run(*cells)
+    before = read_rows(tmp_path / "results.csv", AccuracyRow)
+    run(*cells, "--rehearse")
+    rows = read_rows(tmp_path / "results.csv", AccuracyRow)
+    assert str(rows[: len(before)]) == str(before)  # as text, in which nan is nan
+    rehearsed = rows[len(before) :]
+    assert {row.arm for row in rehearsed} == set(REHEARSED.values())
+    unsure = {
+        (row.batch_size, row.target)
+        for row in before
+        if row.arm == "isotropic"
+        and not is_sure(row.relative_noise * math.sqrt(row.num_rounds), target_leakage=row.target)
+    }
+    assert {(row.batch_size, row.target) for row in rehearsed} == unsure
+    assert 0 < len(unsure) < 4
+    lines = [line.split(" | ") for line in (tmp_path / "summary.md").read_text().splitlines()[2:6]]
+    for line in lines:
+        cell = (int(line[1]), float(line[2]))
+        assert line[-2] == ("rehearsal" if cell in unsure else "rule")
+        if cell in unsure:
+            met = [row for row in rehearsed if (row.batch_size, row.target) == cell and row.leakage <= 1.02 * cell[1]]
+            assert REHEARSED["isotropic" if line[-3] == "isotropic" else line[-3].split()[0]] == (
+                max(met, key=lambda row: row.accuracy).arm
+            )
