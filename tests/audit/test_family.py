@@ -35,11 +35,10 @@ def test_relative_noise_is_that_of_all_shares_on_the_average_of_all_clients():
 
 
 # Of digits over 100 rounds three seeds have white noise 1.3 points ahead at 0.75, ten seeds 0.5. On MNIST, with steps
-# a tenth as large, isotropic noise is ahead by 1.1 and, by three seeds, 2.5 points in one cell.
+# a tenth as large, isotropic noise is ahead in three cells, of which rehearsals find two; that by three seeds had none.
 AHEAD = {
     "-100": {(batch, 100, 0.75) for batch in (1, 4, 32)},
-    "-mnist-100": {(32, 100, 0.3)},
-    "-mnist-100-ends": {(32, 100, 0.1), (4, 100, 0.1)},
+    "-mnist-100-ends": {(4, 100, 0.1)},
     "-mnist-100-seeds": {(32, 100, 0.3)},
 }
 
