@@ -12,7 +12,7 @@ from rich.text import Text
 
 from fl_privacy.audit.settings import RELU_WIDTH
 from fl_privacy.commands.entry_points import model_factory
-from fl_privacy.commands.options import DataRootOption, ReluWidthOption
+from fl_privacy.commands.options import DataRootOption, FactoryArgument, ReluWidthOption
 from fl_privacy.commands.progress import print_json, progress_bar, result_console, user_errors
 
 if TYPE_CHECKING:
@@ -20,14 +20,7 @@ if TYPE_CHECKING:
 
 
 def compare_inits(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODULE:FUNCTION",
-            show_default=False,
-            help="What returns a new model when it is called without arguments; modules of this folder are found, too.",
-        ),
-    ],
+    model: FactoryArgument,
     data: Annotated[
         str,
         typer.Option(help="digits, mnist, fashion-mnist, cifar10, or an .npz file with arrays inputs and labels."),

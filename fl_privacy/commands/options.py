@@ -9,6 +9,14 @@ import typer
 LedgerArgument = Annotated[
     str, typer.Argument(metavar="LEDGER", show_default=False, help="Path of a SQLite ledger, or a database URL.")
 ]
+FactoryArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODULE:FUNCTION",
+        show_default=False,
+        help="What returns a new model when it is called without arguments; modules of this folder are found, too.",
+    ),
+]
 DatasetOption = Annotated[str, typer.Option(help="digits, mnist, fashion-mnist, cifar10 or folder.")]
 DataRootOption = Annotated[str, typer.Option(help="Where the data set's files are.")]
 ModelOption = Annotated[str, typer.Option(help="linear, mlp, lenet, digitsnet, resnet8, resnet18 or vit.")]

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from fl_privacy.audit.settings import RELU_WIDTH
 from fl_privacy.commands.entry_points import model_factory
-from fl_privacy.commands.options import DataRootOption, ReluWidthOption
+from fl_privacy.commands.options import DataRootOption, FactoryArgument, ReluWidthOption
 from fl_privacy.commands.progress import print_json, progress_bar, result_console, user_errors
 
 if TYPE_CHECKING:
@@ -27,14 +27,7 @@ _NAMES: dict[RehearsedFamily, str] = {
 
 
 def rehearse(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODULE:FUNCTION",
-            show_default=False,
-            help="What returns a new model when it is called without arguments; modules of this folder are found, too.",
-        ),
-    ],
+    model: FactoryArgument,
     num_clients: Annotated[int, typer.Option(help="Clients of a round.", show_default=False)],
     batch_size: Annotated[int, typer.Option(help="Examples of a client.", show_default=False)],
     rounds: Annotated[int, typer.Option(help="Rounds of the run.", show_default=False)],

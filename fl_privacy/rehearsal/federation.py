@@ -68,6 +68,11 @@ class Federation:
         return {name: p.detach().clone() for name, p in self.model.named_parameters()}
 
     @cached_property
+    def start_spectrum(self) -> Spectrum:
+        """Of G of the audited examples, before the first round."""
+        return together([self.audited(self.start)], [1.0])
+
+    @cached_property
     def public_law(self) -> tuple[Spectrum, Tensor, Tensor]:
         """Spectrum, eigenvalues and eigenvectors of the public examples' covariance, at the start."""
         jacobian = self.jacobian(self.start, *self.public)

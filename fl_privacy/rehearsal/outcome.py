@@ -114,7 +114,7 @@ def isotropic_outcome(federation: Federation, target: float, *, num_clients: int
         seed: Of the noise, the same in all runs but for its size.
     """
     tau, at_rounds = federation.prior.std, federation.checked_rounds
-    first = noise_for(together([federation.audited(federation.start)], [1.0]), target, tau)
+    first = noise_for(federation.start_spectrum, target, tau)
     dilution = 1 / batch / math.sqrt(num_clients)
 
     def run(log_factor: float) -> tuple[float, float]:

@@ -25,7 +25,7 @@ from fl_privacy.attacks import GaussianPrior
 from fl_privacy.audit.family import cheaper_family, is_sure, relative_noise
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.reference import build_model, load_dataset
-from fl_privacy.rehearsal.federation import Federation, Parameters, mean_leakage, noise_for, together
+from fl_privacy.rehearsal.federation import Federation, Parameters, mean_leakage, noise_for
 from fl_privacy.rehearsal.outcome import (
     MET,
     Outcome,
@@ -43,12 +43,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ARMS = ("none", "isotropic", "shaped kept", "shaped fresh", "white kept", "pruning")
+_ARM_OF: Mapping[RehearsedFamily, str] = MappingProxyType(
+    {"shaped": "shaped kept", "white": "white kept", "isotropic": "isotropic"}
+)
 REHEARSED: Mapping[RehearsedFamily, str] = MappingProxyType(
-    {
-        "shaped": "rehearsed shaped kept",
-        "white": "rehearsed white kept",
-        "isotropic": "rehearsed isotropic",
-    }
+    {family: f"rehearsed {arm}" for family, arm in _ARM_OF.items()}
 )
 """Arms on public images, by the family that they speak for."""
 _POINTS = (-2, -1, 0, 1, 2, 5, 10, 20, 40, 80)
@@ -181,10 +180,9 @@ def _unsure(settings: AccuracySettings) -> Iterator[tuple[int, int, float]]:
     """Yields rounds, batch size and target of the cells in which a rehearsal is to decide."""
     federation = _federation(settings, 0)
     for target in _ordered(settings):
-        single = _quotient(federation, target, 1, settings.num_examples)
         for num_rounds, batch in product(settings.rounds, settings.batch_sizes):
             clients = settings.num_examples // batch
-            relative = single / batch * math.sqrt(settings.num_examples / clients * num_rounds)
+            relative = _quotient(federation, target, batch, clients) * math.sqrt(num_rounds)
             if not is_sure(relative, target_leakage=target):
                 yield num_rounds, batch, target
 
@@ -193,7 +191,7 @@ def _quotient(federation: Federation, target: float, batch: int, num_clients: in
     """Returns the noise that one share would need at the start, on the average of all clients, over its norm."""
     mean = federation.gradient(federation.start, *federation.private)
     return relative_noise(
-        noise_for(together([federation.audited(federation.start)], [1.0]), target, federation.prior.std) / batch,
+        noise_for(federation.start_spectrum, target, federation.prior.std) / batch,
         update_dim=sum(g.numel() for g in mean.values()),
         average_norm=math.sqrt(sum(float(g.square().sum()) for g in mean.values())),
         num_clients=num_clients,
@@ -205,7 +203,7 @@ def _rows(settings: AccuracySettings, base: Federation, seed: int, num_rounds: i
     federation = replace(base, num_rounds=num_rounds)
     generator = torch.Generator().manual_seed(1_000_003 * seed + num_rounds)
     row = partial(_row, settings, seed, num_rounds)
-    undefended = mean_leakage(together([federation.audited(federation.start)], [1.0]), 1e-6, federation.prior.std)
+    undefended = mean_leakage(federation.start_spectrum, 1e-6, federation.prior.std)
     clean = Outcome(accuracy=federation.accuracy(federation.train()), leakage=undefended, strength=0.0)
     quotients = {
         (batch, target): _quotient(federation, target, batch, settings.num_examples // batch)
@@ -317,17 +315,17 @@ def _mean(rows: Sequence[AccuracyRow]) -> float:
 
 def _recommended(
     cells: Mapping[tuple[int, int, float, str], Sequence[AccuracyRow]], cell: tuple[int, int, float]
-) -> str:
-    """The arm that the library picks in a cell: by the rehearsal where there is one, by its rule elsewhere."""
+) -> tuple[str, bool]:
+    """The arm that the library picks in a cell, and whether by a rehearsal; where there is none, by its rule."""
     batch, num_rounds, target = cell
     rehearsed = {family: cells.get((*cell, arm), ()) for family, arm in REHEARSED.items()}
     if all(rehearsed.values()):
         means = {family: _mean(_meeting(rows, target)) for family, rows in rehearsed.items()}
         family = max(means, key=lambda family: -1.0 if math.isnan(means[family]) else means[family])
-        return {"isotropic": "isotropic", "shaped": "shaped kept", "white": "white kept"}[family]
+        return _ARM_OF[family], True
     rows = cells[batch, num_rounds, target, "isotropic"]
     relative = statistics.median(row.relative_noise * math.sqrt(row.num_rounds) for row in rows)
-    return "isotropic" if cheaper_family(relative, target_leakage=target) == "isotropic" else "shaped kept"
+    return _ARM_OF[cheaper_family(relative, target_leakage=target)], False
 
 
 @dataclass(frozen=True)
@@ -367,8 +365,7 @@ def _verdicts(settings: AccuracySettings, rows: Sequence[AccuracyRow]) -> dict[t
                 means["isotropic"] = _mean(_meeting(searched, target))
                 found[batch, num_rounds, target] = _Verdict(
                     means,
-                    _recommended(cells, (batch, num_rounds, target)),
-                    all((batch, num_rounds, target, arm) in cells for arm in REHEARSED.values()),
+                    *_recommended(cells, (batch, num_rounds, target)),
                 )
     return found
 
