@@ -12,6 +12,7 @@ from fl_privacy.attacks.labels import labelled, recover_label_counts, recover_la
 from fl_privacy.attacks.metrics import aligned, psnr, rmse, ssim
 from fl_privacy.attacks.noise import IndependentNoise, IsotropicNoise, Noise
 from fl_privacy.attacks.optimizers import LBFGS, Adam
+from fl_privacy.attacks.posterior_linearization import PosteriorLinearization
 from fl_privacy.attacks.problem import AttackProblem, KnownBatch
 from fl_privacy.attacks.result import Reconstruction, StopReason, best_of
 from fl_privacy.attacks.reweighting import LeastPowers
@@ -37,6 +38,7 @@ __all__ = [
     "LeastPowers",
     "LinearLayerLeak",
     "Noise",
+    "PosteriorLinearization",
     "Reconstruction",
     "StopReason",
     "WithPrior",

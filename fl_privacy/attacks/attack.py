@@ -11,6 +11,7 @@ from fl_privacy.attacks.analytic import LinearLayerLeak
 from fl_privacy.attacks.gauss_newton import GaussNewton
 from fl_privacy.attacks.gradient_matching import deep_leakage, inverting_gradients
 from fl_privacy.attacks.optimizers import Adam
+from fl_privacy.attacks.posterior_linearization import PosteriorLinearization
 from fl_privacy.attacks.problem import AttackProblem
 from fl_privacy.attacks.result import Reconstruction
 from fl_privacy.influence.prior import GaussianPrior
@@ -59,6 +60,7 @@ ATTACKS: Mapping[str, Callable[[], Attack]] = MappingProxyType(
     {
         "gauss-newton": GaussNewton,
         "gauss-newton-white": lambda: WithWhitePrior(GaussNewton()),
+        "posterior-linearization": PosteriorLinearization,
         "dgl": deep_leakage,
         "dgl-adam": lambda: deep_leakage(optimizer=Adam()),
         "inverting-gradients": inverting_gradients,
