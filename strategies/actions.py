@@ -16,7 +16,7 @@ from flwr.supercore import log
 
 from fl_privacy.audit.auditor import Auditor
 from fl_privacy.audit.estimate import LeakageEstimate
-from fl_privacy.audit.family import cheaper_family, relative_noise
+from fl_privacy.audit.family import cheaper_family, is_sure, relative_noise
 from fl_privacy.audit.policy import Policy
 from fl_privacy.audit.settings import Family
 from fl_privacy.audit.task import AuditTask, Numbers
@@ -62,6 +62,7 @@ class PolicyActions:
         self._required: dict[int, float] = {}
         self._own: dict[int, float] = {}
         self._families: dict[int, Family] = {}
+        self._unsure: set[int] = set()
         self._sizes: dict[int, int] = {}
         self._rounds: dict[int, int] = {}
         self._bare: set[int] = set()
@@ -122,6 +123,8 @@ class PolicyActions:
                 shares=self.policy.shares,
             )
             self._families[node_id] = cheaper_family(relative, target_leakage=self._targets[node_id])
+            if not is_sure(relative, target_leakage=self._targets[node_id]):
+                self._unsure.add(node_id)
 
     def _family_of(self, node_id: int) -> Family:
         """Returns the family of noise for a client; isotropic as long as nothing is known of it."""
@@ -188,7 +191,7 @@ class PolicyActions:
         if self.policy.excludes(row):
             return self._left_out(row, "leaks above the limit")
         if self.policy.action == "advise":
-            return self._advise(reading.node_id, row)
+            return self._advised(reading.node_id, row)
         if self.policy.action == "perturb":
             return self._perturb(reading, reading.reply, row, params)
         return row
@@ -196,7 +199,7 @@ class PolicyActions:
     def _of_aggregate(self, node_id: int, row: LeakageEstimate) -> LeakageEstimate:
         """Advises a client of whose update only a mean arrived, which it can audit itself; nothing else can be done."""
         if self.policy.floor_std is None and self.policy.action == "advise":
-            return self._advise(node_id, row)
+            return self._advised(node_id, row)
         if self.policy.action in ("perturb", "exclude"):
             why = f"the policy ({self.policy.action}) was not applied: no client's own update arrived"
             return replace(row, detail=joined(row.detail, why))
@@ -241,6 +244,16 @@ class PolicyActions:
         arrays = clipped(arrays, params, self._parameters, self.policy.clip_norm)
         reply.content[key] = noisy(arrays, self._parameters, floor, self._generator(row))
         return self._with_epsilon(node_id, replace(row, action="perturbed", applied_noise_std=floor))
+
+    def _advised(self, node_id: int, row: LeakageEstimate) -> LeakageEstimate:
+        """Advises a client, and says once where its family of noise was chosen by a rule that may be wrong there."""
+        unsure, family = node_id in self._unsure, self._family_of(node_id)
+        row = self._advise(node_id, row)
+        if not unsure or not row.status.has_estimate:
+            return row
+        self._unsure.discard(node_id)
+        what = f"{family} noise was chosen by a rule that is not sure here: see fl-privacy rehearse"
+        return replace(row, detail=joined(row.detail, what))
 
     def _advise(self, node_id: int, row: LeakageEstimate) -> LeakageEstimate:
         """Keeps the advice for the client's next round; of a row without an estimate, the last one stands.

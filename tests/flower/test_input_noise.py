@@ -578,6 +578,17 @@ def test_the_cheaper_family_is_advised_after_the_first_audit(most, monkeypatch):
         assert (after.input_noise == "client") == (not isotropic)
 
 
+@pytest.mark.parametrize("sure", [True, False])
+def test_a_choice_of_which_the_rule_is_not_sure_is_said_once(sure, monkeypatch):
+    monkeypatch.setattr(family, "_MOST_PER_POWER", 0.0)
+    monkeypatch.setattr(family, "_SURE_PER_POWER", 0.0 if sure else math.inf)
+    strategy = audit(Policy(action="advise", family="auto"))
+    run(strategy, {10: shaped_app()}, rounds=3)
+    what = "shaped noise was chosen by a rule that is not sure here"
+    said = [what in rows(strategy, r)[10].detail for r in (1, 2, 3)]
+    assert said == [False, not sure, False]
+
+
 def test_a_client_that_cannot_put_noise_on_its_inputs_is_advised_the_other_kind(monkeypatch):
     monkeypatch.setattr(family, "_MOST_PER_POWER", 0.0)
     strategy = audit(Policy(action="advise", family="auto"))
