@@ -185,7 +185,7 @@ class _Line:
 
     @classmethod
     def through(cls, z: Tensor, residuals: Tensor, noise: Noise) -> _Line:
-        """Returns the line through u(x) − shared `[E, P]` at z `[E, D]`, whose mean is 0.
+        """Returns the line through u(x) − shared `[E, P]` at z `[E, D]`, whose mean is 0, under one unit's noise.
 
         All of it is made of S, the products of updates weighed by C⁻¹: slopes and residuals are linear in the updates,
         and Ω, of rank E, is taken into account by Woodbury's identity.
@@ -197,13 +197,14 @@ class _Line:
         slopes = torch.linalg.solve(z.mT @ z, z.mT)
         left = torch.eye(len(z), dtype=z.dtype, device=z.device) - z @ slopes
         scale = 1 / math.sqrt(len(z) - z.shape[1] - 1)
-        across = scale * (slopes @ products @ left)
-        inner = torch.eye(len(z), dtype=z.dtype, device=z.device) + scale**2 * (left @ products @ left)
+        of_residuals = products @ left
+        across = scale * (slopes @ of_residuals)
+        inner = torch.eye(len(z), dtype=z.dtype, device=z.device) + scale**2 * (left @ of_residuals)
         solved = torch.linalg.solve(inner, torch.cat([across.mT, scale * (left @ towards)[:, None]], 1))
         return cls(
             information=slopes @ products @ slopes.mT - across @ solved[:, :-1],
             score=slopes @ towards - across @ solved[:, -1],
-            misfit=float(noise.energy(middle.expand_as(residuals))[0]) / residuals.shape[1],
+            misfit=float(noise.energy(middle)) / residuals.shape[1],
             scatter=float(products.trace()) / (len(z) - 1) / residuals.shape[1],
             update_dim=residuals.shape[1],
         )

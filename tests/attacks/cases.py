@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fl_privacy import GradientUpdate
-from fl_privacy.attacks import AttackProblem, GaussianPrior, IsotropicNoise
+from fl_privacy.attacks import AttackProblem, GaussianPrior, IsotropicNoise, Noise
 from fl_privacy.influence import UpdateMap
 from fl_privacy.reference.datasets import load_dataset
 from fl_privacy.reference.models import build_model, init_uniform_
@@ -94,3 +94,39 @@ class LinearUpdate(nn.Module):
 def picked(outputs: Tensor, labels: Tensor) -> Tensor:
     """The loss that goes with `LinearUpdate`."""
     return outputs.gather(1, labels[:, None]).mean()
+
+
+def linear_case(
+    matrices: Tensor, shared: Tensor, *, prior: GaussianPrior, noise: Noise, known_std: Tensor
+) -> tuple[AttackProblem, Tensor]:
+    """The problem with u(x) = A_k x of unit k, and its posterior mean `[K, D]` in closed form.
+
+    Args:
+        matrices: A `[K, P, D]`.
+        shared: `[K, P]`.
+        prior: Of inputs `[D]`.
+        noise: What the attacker knows of it.
+        known_std: The same, as standard deviations `[K, P]`.
+    """
+    model = LinearUpdate(matrices)
+    problem = AttackProblem(
+        update=GradientUpdate(model, picked),
+        params=parameters_of(model),
+        shared=shared,
+        labels=torch.arange(len(matrices))[:, None],
+        prior=prior,
+        noise=noise,
+    )
+    dim = matrices.shape[-1]
+    root = prior.root(torch.eye(dim, dtype=F64)).mT
+    weighted = matrices / known_std[..., None] ** 2
+    precision = matrices.mT @ weighted + torch.linalg.inv(root @ root.mT) / prior.std**2
+    misses = shared - torch.einsum("kpd,d->kp", matrices, prior.mean)
+    return problem, prior.mean + torch.linalg.solve(precision, torch.einsum("kpd,kp->kd", weighted, misses))
+
+
+def residual_net() -> nn.Module:
+    """A small ResNet for 8×8 images, batch normalisation by running statistics, float32."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build_model("resnet8", input_shape=SHAPE, num_classes=10).eval()

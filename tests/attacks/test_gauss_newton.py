@@ -22,7 +22,6 @@ from fl_privacy.attacks import (
 from fl_privacy.attacks.noise import Noise
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.influence.rounding import has_kinks, rounded_off
-from fl_privacy.reference.models import build_model
 
 from .cases import (
     F64,
@@ -33,8 +32,8 @@ from .cases import (
     digits_prior,
     digits_problem,
     leaky_lenet,
-    parameters_of,
-    picked,
+    linear_case,
+    residual_net,
     shared_by,
 )
 
@@ -83,21 +82,9 @@ def linear_problem(noise: Noise, *, known_std: Tensor) -> tuple[AttackProblem, T
     left = torch.linalg.qr(torch.randn(3, 30, 12, generator=generator, dtype=F64))[0]
     right = torch.linalg.qr(torch.randn(3, 12, 12, generator=generator, dtype=F64))[0]
     a = left @ torch.diag(torch.logspace(-3, 0, 12, dtype=F64)) @ right
-    model = LinearUpdate(a)
     mean = torch.randn(12, generator=generator, dtype=F64)
     shared = torch.randn(3, 30, generator=generator, dtype=F64)
-    problem = AttackProblem(
-        update=GradientUpdate(model, picked),
-        params=parameters_of(model),
-        shared=shared,
-        labels=torch.arange(3)[:, None],
-        prior=GaussianPrior(mean, 0.5),
-        noise=noise,
-    )
-    weighted = a / known_std[..., None] ** 2
-    precision = a.mT @ weighted + torch.eye(12, dtype=F64) / 0.5**2
-    misses = shared - torch.einsum("kpd,d->kp", a, mean)
-    return problem, mean + torch.linalg.solve(precision, torch.einsum("kpd,kp->kd", weighted, misses))
+    return linear_case(a, shared, prior=GaussianPrior(mean, 0.5), noise=noise, known_std=known_std)
 
 
 def test_it_solves_linear_problems_in_closed_form() -> None:
@@ -159,11 +146,8 @@ def test_rounding_the_kinks_off_on_the_way_explains_what_the_search_alone_stalls
 
 def test_steps_by_the_rounded_jacobian_find_what_the_modes_of_rounded_networks_miss() -> None:
     """On a residual network, which jumps far more than the net above."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = build_model("resnet8", input_shape=(1, 8, 8), num_classes=10).double().eval()
     inputs, labels = digits(1)
-    update = GradientUpdate(model, nn.CrossEntropyLoss())
+    update = GradientUpdate(residual_net().double(), nn.CrossEntropyLoss())
     truth = shared_by(update, inputs, labels, noise_std=1e-3, prior=digits_prior())
     modes = GaussNewton(hops=0, max_steps=5, rounded_steps=()).run(truth.problem)
     assert not modes.explained.any()

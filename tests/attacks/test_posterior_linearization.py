@@ -25,7 +25,6 @@ from fl_privacy.attacks.noise import Noise
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.influence.covariance import InputCovariance
 from fl_privacy.influence.rounding import rounded_off
-from fl_privacy.reference.models import build_model
 
 from .cases import (
     F64,
@@ -35,8 +34,8 @@ from .cases import (
     digits_prior,
     digits_problem,
     leaky_lenet,
-    parameters_of,
-    picked,
+    linear_case,
+    residual_net,
     shared_by,
 )
 
@@ -45,23 +44,12 @@ def linear_problem(noise: Noise, known_std: Tensor, covariance: Tensor) -> tuple
     """Two units with u(x) = A_k x, and the posterior mean in closed form."""
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(2, 40, 12, generator=generator, dtype=F64)
-    model = LinearUpdate(a)
     mean = torch.randn(12, generator=generator, dtype=F64)
     x = mean + 0.5 * torch.randn(2, 12, generator=generator, dtype=F64) @ torch.linalg.cholesky(covariance).mT
     noise_of = known_std.nan_to_num(posinf=1e3) * torch.randn(2, 40, generator=generator, dtype=F64)
     shared = torch.einsum("kpd,kd->kp", a, x) + noise_of
-    problem = AttackProblem(
-        update=GradientUpdate(model, picked),
-        params=parameters_of(model),
-        shared=shared,
-        labels=torch.arange(2)[:, None],
-        prior=GaussianPrior(mean, 0.5, InputCovariance.of(covariance)),
-        noise=noise,
-    )
-    weighted = a / known_std[..., None] ** 2
-    precision = a.mT @ weighted + torch.linalg.inv(covariance) / 0.5**2
-    misses = shared - torch.einsum("kpd,d->kp", a, mean)
-    return problem, mean + torch.linalg.solve(precision, torch.einsum("kpd,kp->kd", weighted, misses))
+    prior = GaussianPrior(mean, 0.5, InputCovariance.of(covariance))
+    return linear_case(a, shared, prior=prior, noise=noise, known_std=known_std)
 
 
 @pytest.mark.parametrize("layered", [False, True])
@@ -92,11 +80,8 @@ def test_it_comes_as_near_as_gauss_newton_where_the_update_is_smooth() -> None:
 
 
 def test_on_a_residual_network_it_converges_where_gauss_newton_does_not() -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = build_model("resnet8", input_shape=(1, 8, 8), num_classes=10).eval()
     inputs, labels = digits(1)
-    update = GradientUpdate(model, nn.CrossEntropyLoss())
+    update = GradientUpdate(residual_net(), nn.CrossEntropyLoss())
     truth = shared_by(update, inputs.float(), labels, noise_std=1e-3, prior=digits_prior().to(torch.float32))
     problem = truth.problem
     jacobian = replace(problem, update=rounded_off(update, 0.15)).jacobian(truth.inputs.flatten(1))
