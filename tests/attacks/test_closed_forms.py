@@ -22,6 +22,7 @@ from fl_privacy.attacks import (
     InputDenoising,
     IsotropicNoise,
     LinearLayerLeak,
+    PosteriorLinearization,
     StopReason,
     WithWhitePrior,
     aligned,
@@ -193,6 +194,7 @@ def test_attacks_by_name() -> None:
     assert {name: build() for name, build in ATTACKS.items()} == {
         "gauss-newton": GaussNewton(),
         "gauss-newton-white": WithWhitePrior(GaussNewton()),
+        "posterior-linearization": PosteriorLinearization(),
         "dgl": GradientMatching(distance=relative_squared_distance, optimizer=LBFGS()),
         "dgl-adam": GradientMatching(distance=relative_squared_distance, optimizer=Adam()),
         "inverting-gradients": inverting_gradients(),

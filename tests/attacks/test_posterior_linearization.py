@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from fl_privacy import GradientUpdate, estimate_spectrum
 from fl_privacy.attacks import (
-    ATTACKS,
     AttackProblem,
     GaussianPrior,
     GaussNewton,
@@ -140,7 +139,3 @@ def test_it_says_where_it_did_not_settle() -> None:
 def test_options_out_of_range_are_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         PosteriorLinearization(**options)  # type: ignore[arg-type]
-
-
-def test_it_is_an_attack_by_name() -> None:
-    assert ATTACKS["posterior-linearization"]() == PosteriorLinearization()
