@@ -46,7 +46,10 @@ def rehearse(
     held_out: Annotated[float, typer.Option(help="Share of the others on which accuracy is told.")] = 0.25,
     num_audited: Annotated[int, typer.Option(help="Examples whose leakage is followed over the run.")] = 4,
     checkpoints: Annotated[int, typer.Option(help="Rounds at which it is followed.")] = 10,
-    num_seeds: Annotated[int, typer.Option(help="Repetitions of noise and initialization.")] = 3,
+    num_seeds: Annotated[
+        int,
+        typer.Option(help="Repetitions, each with a split of the examples, an initialization and noise of its own."),
+    ] = 3,
     relu_width: ReluWidthOption = RELU_WIDTH,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")] = False,
 ) -> None:
@@ -92,6 +95,9 @@ def rehearse(
                 "unprotected": list(found.unprotected),
                 "outcomes": outcomes,
                 "recommended": found.family,
+                "runner_up": found.runner_up,
+                "lead": found.lead,
+                "is_clear": found.is_clear,
                 "policy": _policy(found),
             }
         )
@@ -99,6 +105,20 @@ def rehearse(
         result_console().print(_table(model, found))
         written = ", ".join(f"{name}={value!r}" for name, value in _policy(found).items())
         typer.echo(f"Recommended: {_NAMES[found.family]}. On the server: Policy({written})")
+        typer.echo(_lead(found))
+
+
+def _lead(found: Rehearsal) -> str:
+    """How sure the recommendation is."""
+    if found.runner_up is None or found.lead is None:
+        return "No other family meets the target."
+    (mean, error), runner_up = found.lead, _NAMES[found.runner_up]
+    if error is None:
+        return f"{mean:.3f} ahead of {runner_up}, by one seed: how far seeds differ takes --num-seeds 2 or more."
+    told = f"{mean:.3f} ahead of {runner_up}, standard error over seeds {error:.3f}"
+    return (
+        f"{told}." if found.is_clear else f"{told}: not told apart, either may be named; more --num-seeds may decide."
+    )
 
 
 def _policy(found: Rehearsal) -> dict[str, object]:

@@ -49,7 +49,7 @@ class RehearsalSettings:
         num_audited: Examples that are followed over the run, to measure what isotropic noise leaks.
         checkpoints: Rounds at which they are; those between are interpolated.
         held_out: Share of the other examples on which accuracy is told.
-        num_seeds: Repetitions of noise and initialization.
+        num_seeds: Repetitions, each with a split of the examples, an initialization and noise of its own.
         relu_width: Of rounded ReLUs in J, as audits have it; 0: the network's own J.
 
     Raises:
@@ -119,6 +119,33 @@ class Rehearsal:
         """The most accurate family of those that meet the target; noise on inputs where two are the same."""
         return max(filter(self.meets, self.outcomes), key=lambda family: (self.accuracy(family), family != "isotropic"))
 
+    @property
+    def runner_up(self) -> RehearsedFamily | None:
+        """The most accurate of the other families that meet the target; `None` where there is none."""
+        others = [family for family in self.outcomes if family != self.family and self.meets(family)]
+        return max(others, key=self.accuracy, default=None)
+
+    @property
+    def lead(self) -> tuple[float, float | None] | None:
+        """By how much more accurate the recommended family is than the runner-up, seed by seed: mean, standard error.
+
+        The standard error is `None` of one seed, and all of it is where there is no runner-up.
+        """
+        if self.runner_up is None:
+            return None
+        pairs = zip(self.outcomes[self.family], self.outcomes[self.runner_up], strict=True)
+        leads = [mine.accuracy - other.accuracy for mine, other in pairs]
+        error = statistics.stdev(leads) / math.sqrt(len(leads)) if len(leads) > 1 else None
+        return statistics.fmean(leads), error
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether no other family meets the target, or the lead is at least two standard errors."""
+        if self.lead is None:
+            return True
+        mean, error = self.lead
+        return error is not None and mean > 0 and mean >= 2 * error
+
     def policy(self) -> Policy:
         """Returns the policy by which a server advises what is recommended.
 
@@ -171,11 +198,12 @@ def rehearse(
         )
     prior = GaussianPrior.from_examples(inputs.double()) if prior is None else prior
     split = [settings.num_public, others - held, held]
-    parts = list(zip(torch.split(inputs.float(), split), torch.split(labels, split), strict=True))
     done, total = 0, 4 * settings.num_seeds
     unprotected: list[float] = []
     outcomes: dict[RehearsedFamily, list[Outcome]] = {"shaped": [], "white": [], "isotropic": []}
     for seed in range(settings.num_seeds):
+        order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))
+        parts = [(inputs[part].float(), labels[part]) for part in torch.split(order, split)]
         torch.manual_seed(seed)
         federation = Federation(
             model=_checked(build()),

@@ -24,7 +24,7 @@ from torch.func import grad, vmap
 from fl_privacy.attacks import GaussianPrior
 from fl_privacy.audit.family import cheaper_family, is_sure, relative_noise
 from fl_privacy.errors import InvalidInputError
-from fl_privacy.reference import build_model, load_dataset
+from fl_privacy.reference import ImageData, build_model, load_dataset
 from fl_privacy.rehearsal.federation import Federation, Parameters, mean_leakage, noise_for
 from fl_privacy.rehearsal.outcome import (
     MET,
@@ -50,6 +50,8 @@ REHEARSED: Mapping[RehearsedFamily, str] = MappingProxyType(
     {family: f"rehearsed {arm}" for family, arm in _ARM_OF.items()}
 )
 """Arms on public images, by the family that they speak for."""
+_TESTED = 2000
+"""Images on which accuracy is told, at most."""
 _POINTS = (-2, -1, 0, 1, 2, 5, 10, 20, 40, 80)
 """Points of accuracy that are named in the figure."""
 
@@ -71,6 +73,7 @@ class AccuracySettings(Settings):
     num_audited: int = option(4, "Examples whose leakage over the run is followed.", minimum=1)
     checkpoints: int = option(10, "Rounds at which it is followed; those between are interpolated.", minimum=2)
     num_seeds: int = option(3, "Repetitions of noise and initialization.", minimum=1)
+    redraw_images: bool = option(False, "Give each repetition private and public images of its own.")
     relu_width: float = relu_width_option()
     rehearse: bool = option(False, "Rehearse on public images where the rule is not sure of itself.", recorded=False)
 
@@ -96,25 +99,27 @@ class AccuracyRow:
     """Noise that one share would need at the start, on the average of all clients, over the norm of that average."""
 
 
-def _federation(settings: AccuracySettings, seed: int, *, rehearsed: bool = False) -> Federation:
+def _federation(settings: AccuracySettings, data: ImageData, seed: int, *, rehearsed: bool = False) -> Federation:
     """Returns the federation of one seed.
 
     Args:
         settings: Of the study. The number of rounds is that of its first.
-        seed: Of the initialization.
+        data: The data set of the settings.
+        seed: Of the initialization; and where images are redrawn, of the place in the data set where they begin, for
+            each seed where the private ones of the last end.
         rehearsed: Whether public images train in place of private ones, and others of them are tested on.
     """
-    data = load_dataset(settings.dataset, root=settings.data_root)
     private, public = settings.num_examples, max(512, settings.num_public)
     if len(data.train) < private + public // 2:
         raise InvalidInputError(f"expected at most {len(data.train) - public // 2} examples, got {private}")
-    x, y = data.train.select(slice(private, private + public))
+    order = torch.arange(len(data.train)).roll(-seed * private if settings.redraw_images else 0)
+    x, y = data.train.select(order[private : private + public])
     shaping, prior = (x[: settings.num_public], y[: settings.num_public]), GaussianPrior.from_examples(x.double())
-    trained = data.train.select(slice(0, private))
-    tested = data.test.select(slice(0, 2000))
+    trained = data.train.select(order[:private])
+    tested = data.test.select(slice(0, _TESTED))
     if rehearsed:
         trained = x[settings.num_public :], y[settings.num_public :]
-        tested = data.train.select(slice(private + public, private + public + 2000))
+        tested = data.train.select(order[private + public : private + public + _TESTED])
         if min(len(tested[0]), len(trained[0])) < max(32, settings.num_audited):
             raise InvalidInputError(f"expected public images enough to rehearse on, got {len(x)} and {len(tested[0])}")
     torch.manual_seed(seed)
@@ -158,8 +163,9 @@ def _portions(settings: AccuracySettings) -> Iterator[Portion[AccuracyRow]]:
         raise InvalidInputError(f"expected targets below 1, got {settings.targets}")
     if max(settings.batch_sizes) > settings.num_examples:
         raise InvalidInputError(f"expected batches of at most {settings.num_examples}, got {settings.batch_sizes}")
+    data = load_dataset(settings.dataset, root=settings.data_root)
     for seed in range(settings.num_seeds):
-        federation = _federation(settings, seed)
+        federation = _federation(settings, data, seed)
         for num_rounds in settings.rounds:
             keys = [(batch, num_rounds, 1.0, "none", seed) for batch in settings.batch_sizes]
             keys += [
@@ -170,15 +176,15 @@ def _portions(settings: AccuracySettings) -> Iterator[Portion[AccuracyRow]]:
             ]
             yield Portion(keys, partial(_rows, settings, federation, seed, num_rounds))
     if settings.rehearse:
-        for num_rounds, batch, target in _unsure(settings):
+        for num_rounds, batch, target in _unsure(settings, data):
             for seed in range(settings.num_seeds):
                 keys = [(batch, num_rounds, target, arm, seed) for arm in REHEARSED.values()]
-                yield Portion(keys, partial(_rehearsed_rows, settings, seed, num_rounds, batch, target))
+                yield Portion(keys, partial(_rehearsed_rows, settings, data, seed, num_rounds, batch, target))
 
 
-def _unsure(settings: AccuracySettings) -> Iterator[tuple[int, int, float]]:
+def _unsure(settings: AccuracySettings, data: ImageData) -> Iterator[tuple[int, int, float]]:
     """Yields rounds, batch size and target of the cells in which a rehearsal is to decide."""
-    federation = _federation(settings, 0)
+    federation = _federation(settings, data, 0)
     for target in _ordered(settings):
         for num_rounds, batch in product(settings.rounds, settings.batch_sizes):
             clients = settings.num_examples // batch
@@ -252,9 +258,9 @@ def _row(
 
 
 def _rehearsed_rows(
-    settings: AccuracySettings, seed: int, num_rounds: int, batch: int, target: float
+    settings: AccuracySettings, data: ImageData, seed: int, num_rounds: int, batch: int, target: float
 ) -> Iterator[AccuracyRow]:
-    federation = replace(_federation(settings, seed, rehearsed=True), num_rounds=num_rounds)
+    federation = replace(_federation(settings, data, seed, rehearsed=True), num_rounds=num_rounds)
     clients = settings.num_examples // batch
     quotient = _quotient(federation, target, batch, clients)
     found = rehearsed_outcomes(federation, target, num_clients=clients, batch=batch, seed=seed)

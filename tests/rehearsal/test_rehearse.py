@@ -196,6 +196,41 @@ def test_a_family_that_misses_the_target_in_one_seed_is_not_recommended():
 
 
 @pytest.mark.parametrize(
+    ("isotropic", "runner_up", "lead", "clear"),
+    [
+        ((0.7, 0.71), "white", (0.045, 0.005), True),
+        ((0.9, 0.55), "isotropic", (0.025, 0.125), False),
+        ((0.7,), "white", (0.04, None), False),
+    ],
+)
+def test_a_lead_has_the_standard_error_of_differences_seed_by_seed(isotropic, runner_up, lead, clear):
+    seeds = slice(0, len(isotropic))
+    found = Rehearsal(
+        settings=SETTINGS,
+        unprotected=(0.9, 0.9)[seeds],
+        outcomes={
+            "shaped": (outcome(0.8, 0.3), outcome(0.7, 0.3))[seeds],
+            "white": (outcome(0.76, 0.3), outcome(0.65, 0.3))[seeds],
+            "isotropic": tuple(outcome(accuracy, 0.3, 3.0) for accuracy in isotropic),
+        },
+        num_test=100,
+    )
+    assert (found.family, found.runner_up, found.is_clear) == ("shaped", runner_up, clear)
+    assert found.lead == pytest.approx(lead)
+    alone = {family: tuple(replace(one, leakage=0.4) for one in of) for family, of in found.outcomes.items()}
+    only = replace(found, outcomes={**alone, "shaped": found.outcomes["shaped"]})
+    assert (only.runner_up, only.lead, only.is_clear) == (None, None, True)
+
+
+def test_examples_that_come_class_by_class_are_split_at_random():
+    inputs, labels = digits(600)
+    order = labels.argsort()
+    found = rehearse(digits_net, inputs[order], labels[order], SETTINGS)
+    # Cut as they come, the last classes would be tested on and not trained on.
+    assert found.unprotected[0] > 0.7
+
+
+@pytest.mark.parametrize(
     ("changes", "complaint"),
     [
         ({"target_leakage": 1.0}, "target_leakage strictly between 0 and 1, got 1.0"),
@@ -247,6 +282,9 @@ def test_the_command_recommends_and_says_so_in_json(tmp_path, monkeypatch):
     table = CliRunner().invoke(app, arguments)
     assert table.exit_code == 0, table.output
     assert "Policy(action='advise', family='shaped'" in table.stdout
+    assert found["runner_up"] in table.stdout
+    assert "by one seed: how far seeds differ takes --num-seeds 2 or more" in table.stdout
+    assert not found["is_clear"]
     wrong = CliRunner().invoke(app, [*arguments, "--target-leakage", "1.5"])
     assert wrong.exit_code == 2
     assert "target_leakage strictly between 0 and 1, got 1.5" in wrong.output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ from typer.testing import CliRunner
 from fl_privacy.attacks import IndependentNoise
 from fl_privacy.audit.family import is_sure
 from fl_privacy.cli import app
+from fl_privacy.reference import load_dataset
 from fl_privacy.studies import load_study
 from fl_privacy.studies.noise import NoiseRow, NoiseSettings, _Unit
-from fl_privacy.studies.noise_accuracy import ARMS, REHEARSED, AccuracyRow, _meeting
+from fl_privacy.studies.noise_accuracy import ARMS, REHEARSED, AccuracyRow, AccuracySettings, _federation, _meeting
 from fl_privacy.studies.results import read_rows
 from fl_privacy.studies.scene import Scene
 
@@ -111,6 +113,20 @@ def test_accuracy_at_equal_total_leakage(tmp_path: Path) -> None:
     assert by_cell[32, 0.5, "isotropic"].accuracy > clean - 0.15
     assert math.isnan(by_cell[1, 0.1, "pruning"].accuracy)  # 10 rounds of one entry are more than 6 numbers
     assert by_cell[1, 0.1, "isotropic"].accuracy <= by_cell[1, 0.1, "shaped kept"].accuracy
+
+
+def test_images_redrawn_are_other_private_ones_for_each_seed_and_the_same_for_the_first() -> None:
+    data, settings = load_dataset("digits"), AccuracySettings(num_examples=256)
+    redrawn = replace(settings, redraw_images=True)
+    every = [_federation(redrawn, data, seed).private[0] for seed in range(3)]
+    kept = [_federation(settings, data, seed).private[0] for seed in range(3)]
+    assert torch.equal(every[0], kept[0])
+    assert torch.equal(kept[2], kept[0])
+    images = [{image.numpy().tobytes() for image in private} for private in every]
+    assert not images[0] & images[1]
+    assert not images[1] & images[2]
+    rehearsed = _federation(redrawn, data, 1, rehearsed=True)
+    assert not images[1] & {image.numpy().tobytes() for image in rehearsed.private[0]}
 
 
 def test_a_run_that_meets_a_lower_target_meets_a_higher_one_and_of_each_seed_the_best_counts() -> None:
