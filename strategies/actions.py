@@ -140,6 +140,8 @@ class PolicyActions:
             prior_std=settings.prior_std,
             shares=self.policy.shares,
             relu_width=settings.relu_width,
+            num_probes=settings.num_probes,
+            max_steps=settings.max_steps,
         )
 
     def prepare(self, readings: Sequence[Reading], params: Mapping[str, Numbers]) -> None:
@@ -365,12 +367,13 @@ class PolicyActions:
         return replace(
             row,
             action="perturbed",
-            input_noise=self.policy.covariance,
+            input_noise=shifted.covariance,
             input_noise_kept=self.policy.kept,
             input_noise_leakage=shifted.leakage,
             input_noise_rms=shifted.rms,
             input_noise_change=shifted.change,
             passed_leakage=min(leakage, target),
+            detail=joined(row.detail, shifted.note),
         )
 
     def _generator(self, row: LeakageEstimate) -> np.random.Generator:

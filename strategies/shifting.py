@@ -20,6 +20,7 @@ from fl_privacy.audit.auditor import Auditor
 from fl_privacy.audit.deadline import DeadlineError, check_time
 from fl_privacy.audit.executor import Job
 from fl_privacy.audit.replay import AuditContext, updates_at
+from fl_privacy.audit.settings import Covariance
 from fl_privacy.audit.task import Array, AuditTask, Numbers
 from fl_privacy.flower.protection import InputAdvice, InputProtection
 
@@ -55,6 +56,8 @@ class Shifted:
         rms: Of a, per element.
         change: ‖u(x + a) − u(x)‖.
         leakage: Of x + a, the most of any example; 1 where one met its target without noise.
+        covariance: What shaped a.
+        note: What was not as asked, for people.
         state: With the noise that is kept for the client's examples.
     """
 
@@ -63,6 +66,8 @@ class Shifted:
     rms: float
     change: float
     leakage: float
+    covariance: Covariance
+    note: str
     state: RecordDict
 
 
@@ -117,6 +122,8 @@ def _shifted(
         rms=float(np.sqrt(np.mean(np.square(shifted - trained_on, dtype=np.float64)))),
         change=float(np.sqrt(sum(np.square(after[name] - before[name]).sum() for name in after))),
         leakage=protection.leakage,
+        covariance=protection.covariance,
+        note=protection.note,
         state=state,
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -34,11 +34,13 @@ class InputDraw:
     Attributes:
         noise: a `[n, *shape]`, 0 where the target is met without.
         leakage: Of x + a, `[n]`, at most the target; 1 where there is no noise: nothing is then credited to it.
+        shaped: Whether the covariance that was asked for shaped it, `[n]`; elsewhere it is white, or none.
         note: What was not as asked, for people; empty if nothing was.
     """
 
     noise: Tensor
     leakage: Tensor
+    shaped: Tensor
     note: str = ""
 
 
@@ -62,8 +64,9 @@ def draw_for_examples(
     """Returns noise for each example by itself, all else being known to the attacker.
 
     The law is water-filling on G of the gradient at these parameters: only what the noise costs depends on that, not
-    what it hides. Where G cannot be had, the noise is white, which needs none and hides as much. So it is for an
-    example that meets the target without noise, as later parameters may tell what these do not.
+    what it hides. Where G cannot be had, the noise is white, which needs none and hides as much. So it is where making
+    up for what a coarse spectrum does not know costs more than white noise does, and for an example that meets the
+    target without noise, as later parameters may tell what these do not.
 
     Args:
         update: The gradient of the model that is trained.
@@ -91,7 +94,7 @@ def draw_for_examples(
     if covariance == "white":
         return white
     if covariance == "public" and public is None:
-        return InputDraw(white.noise, white.leakage, "no public examples were given: the noise is white")
+        return replace(white, note="no public examples were given: the noise is white")
     own = covariance == "client"
     shaping = (inputs, labels) if own or public is None else public
     try:
@@ -110,14 +113,15 @@ def draw_for_examples(
         law = recommend_noise(spectrum, target_leakage=target_leakage, prior_std=prior_std)
         return _shaped(operator, law, white, own=own, once=once, generator=generator, max_steps=max_steps)
     except FLPrivacyError as error:
-        return InputDraw(white.noise, white.leakage, f"the noise is white, as its shape could not be found: {error}")
+        return replace(white, note=f"the noise is white, as its shape could not be found: {error}")
 
 
 def _white(inputs: Tensor, target: float, prior_std: float, generator: np.random.Generator) -> InputDraw:
     """Noise of variance τ²(1/L − 1) on every element."""
     std = prior_std * math.sqrt(1 / target - 1)
     noise = torch.from_numpy(std * generator.standard_normal(tuple(inputs.shape))).to(inputs)
-    return InputDraw(noise, torch.full((len(inputs),), target, dtype=torch.float64))
+    leakage = torch.full((len(inputs),), target, dtype=torch.float64)
+    return InputDraw(noise, leakage, torch.zeros(len(inputs), dtype=torch.bool))
 
 
 def _shaped(
@@ -135,7 +139,7 @@ def _shaped(
     of_example = torch.arange(examples) if own else torch.zeros(examples, dtype=torch.long)
     of_example = of_example.to(operator.device)
     law = law.select(of_example)
-    drawn = torch.zeros_like(law.failed)
+    shaped = torch.zeros_like(law.failed)
     noise, leakage = white.noise.clone(), white.leakage.clone()
     wanted = (~law.failed & ~law.already_met).nonzero().squeeze(1)
     if len(wanted):
@@ -146,20 +150,28 @@ def _shaped(
         by_law = draw.scale > 0  # white noise alone was the cheaper one, and is of the very target
         noise[wanted] = draw.noise.reshape(noise[wanted].shape).to(noise)
         leakage[wanted] = torch.where(by_law, chosen.leakage.upper, chosen.target_leakage).to(leakage)
-        drawn[wanted] = True
+        shaped[wanted] = by_law
     notes = []
-    met = law.already_met & torch.tensor(own, device=operator.device)  # public examples tell nothing of these
-    if met.any():
+    dearer = len(wanted) - int(shaped.sum())
+    if dearer:
+        notes.append(
+            f"the noise on {dearer} of {examples} examples is white, which costs the update less than noise shaped by a "
+            f"spectrum of {max_steps} steps a probe does: raise the audit's max_steps"
+        )
+    met = law.already_met
+    if met.any() and not own:
+        notes.append("the noise is white: public examples meet the target without noise, and shape none")
+    elif met.any():
         without = f"{int(met.sum())} of {examples} examples meet the target without noise"
         if once:
             noise[met], leakage[met] = 0.0, 1.0
         else:
             without += " at these parameters; they are shared again, so theirs is white"
         notes.append(without)
-    other = int((~drawn & ~met).sum())
-    if other:
-        notes.append(f"the noise on {other} of {examples} examples is white: products with G were not finite")
-    return InputDraw(noise, leakage, "; ".join(notes))
+    failed = int(law.failed.sum())
+    if failed:
+        notes.append(f"the noise on {failed} of {examples} examples is white: products with G were not finite")
+    return InputDraw(noise, leakage, shaped.to(white.shaped), "; ".join(notes))
 
 
 def topped_up(

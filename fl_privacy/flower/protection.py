@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from logging import WARNING
-from typing import Any, cast, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import numpy as np
 import torch
@@ -95,6 +95,8 @@ class InputAdvice:
         prior_std: τ; `None`: that of the first batch that the client trains on.
         shares: For noise that is not kept, the number of rounds that must meet the target together.
         relu_width: Of the ReLUs in the J that shapes the noise, as the audit has it.
+        num_probes: Of the spectrum that shapes it, as the audit has them.
+        max_steps: Of a probe, likewise.
     """
 
     target_leakage: float
@@ -103,6 +105,8 @@ class InputAdvice:
     prior_std: float | None = None
     shares: int = 1
     relu_width: float = RELU_WIDTH
+    num_probes: int = 4
+    max_steps: int = 64
 
     @classmethod
     def take(cls, config: MutableMapping[str, Any]) -> InputAdvice | None:
@@ -116,7 +120,8 @@ class InputAdvice:
             return None
         known = advice.prior_std is None or (math.isfinite(advice.prior_std) and advice.prior_std > 0)
         width = math.isfinite(advice.relu_width) and advice.relu_width >= 0
-        sound = 0 < advice.target_leakage < 1 and known and advice.shares >= 1 and width
+        counts = min(advice.shares, advice.num_probes, advice.max_steps) >= 1
+        sound = 0 < advice.target_leakage < 1 and known and counts and width
         if not sound or advice.covariance not in get_args(Covariance):
             raise RecordError(f"expected advice of noise on the inputs, got {asdict(advice)!r:.200}")
         return advice
@@ -131,6 +136,7 @@ class InputAdvice:
             prior_std=None if prior_std is None else float(prior_std),
             shares=int(entries["shares"]),
             relu_width=float(entries.get("relu_width", RELU_WIDTH)),
+            **{name: int(entries[name]) for name in ("num_probes", "max_steps") if name in entries},
         )
 
     def entries(self) -> dict[str, str]:
@@ -172,6 +178,7 @@ class InputProtection:
         self._kept = KeptNoise() if not advice.kept else KeptNoise.read(state)
         self._notes: dict[str, None] = {}
         self._leakage: list[float] = []
+        self._shaped = False
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -201,15 +208,16 @@ class InputProtection:
         self._kept.prior_std = self._prior_std(x)
         keys = [example_key(row) for row in x]
         self._draw_missing(keys, model, inputs.detach(), labels, loss, public)
-        noise, leakage = (np.stack(parts) for parts in zip(*(self._kept.draws[key] for key in keys), strict=True))
+        noise, leakage, shaped = (np.stack(part) for part in zip(*(self._kept.draws[key] for key in keys), strict=True))
+        self._shaped |= bool(shaped.any())
         shift = InputShift(
             noise=noise,
             leakage=leakage,
             prior_std=self._kept.prior_std,
-            covariance=self._advice.covariance,
+            covariance=self.covariance,
             kept=self._advice.kept,
             bounds=None if bounds is None else (_bound(bounds[0], x), _bound(bounds[1], x)),
-            note="; ".join(self._notes),
+            note=self.note,
         )
         moved = torch.from_numpy(shift.on(x)).to(inputs.device)
         self._leakage.extend(leakage.tolist())
@@ -221,6 +229,16 @@ class InputProtection:
     def leakage(self) -> float:
         """The most that x + a tells of any example of this round; 1 where one got no noise, as none was needed."""
         return max(self._leakage, default=1.0)
+
+    @property
+    def covariance(self) -> Covariance:
+        """What shaped the noise of this round; `white` where all of it is."""
+        return self._advice.covariance if self._shaped else "white"
+
+    @property
+    def note(self) -> str:
+        """What was not as advised in this round."""
+        return "; ".join(self._notes)
 
     def _draw_missing(
         self,
@@ -235,7 +253,7 @@ class InputProtection:
         advice, kept = self._advice, self._kept
         for key in dict.fromkeys(keys):
             if key in kept.draws and kept.draws[key][1] > advice.target_leakage * (1 + _SLACK):
-                noise, leakage = kept.draws[key]
+                noise, leakage, shaped = kept.draws[key]
                 more = topped_up(
                     noise,
                     float(leakage),
@@ -243,7 +261,7 @@ class InputProtection:
                     prior_std=kept.prior_std,
                     generator=self._generator,
                 )
-                kept.draws[key] = (more[0], np.float64(more[1]))
+                kept.draws[key] = ExampleNoise(more[0], np.float64(more[1]), shaped)
         first: dict[bytes, int] = {}
         for index, key in enumerate(keys):
             if key not in kept.draws:
@@ -263,6 +281,8 @@ class InputProtection:
             public=public,
             generator=self._generator,
             once=not advice.kept and advice.shares == 1,
+            num_probes=advice.num_probes,
+            max_steps=advice.max_steps,
             memory_budget=self._memory_budget,
             before_pass=self._pass_until(began + self._time_left),
         )
@@ -271,8 +291,9 @@ class InputProtection:
         scale = 1.0 if advice.kept else math.sqrt(advice.shares)
         if draw.note:
             self._notes[draw.note] = None
-        for key, noise, leakage in zip(first, draw.noise.cpu().numpy(), draw.leakage.cpu().numpy(), strict=True):
-            kept.draws[key] = ((scale * noise).astype(noise.dtype), np.float64(leakage))
+        drawn = (part.cpu().numpy() for part in (draw.noise, draw.leakage, draw.shaped))
+        for key, noise, leakage, shaped in zip(first, *drawn, strict=True):
+            kept.draws[key] = ExampleNoise((scale * noise).astype(noise.dtype), np.float64(leakage), np.bool_(shaped))
 
     def _pass_until(self, deadline: float) -> Callable[[], None]:
         def before_pass() -> None:
@@ -295,17 +316,25 @@ class InputProtection:
                 self._notes[note] = None
         if before and now != before:
             self._kept.draws = {
-                key: (noise, np.float64(leakage_under(np.asarray(leakage), before, now)))
-                for key, (noise, leakage) in self._kept.draws.items()
+                key: draw._replace(leakage=np.float64(leakage_under(np.asarray(draw.leakage), before, now)))
+                for key, draw in self._kept.draws.items()
             }
         return now
 
 
+class ExampleNoise(NamedTuple):
+    """What was drawn for an example: a `[*shape]`, what x + a leaks, and whether the advised covariance shaped it."""
+
+    noise: Numbers
+    leakage: np.float64
+    shaped: np.bool_
+
+
 class KeptNoise:
-    """Noise by example, with what it leaks of it; without noise, an example is drawn for again in the next round."""
+    """Noise by example; where there is none on it, an example is drawn for again in the next round."""
 
     def __init__(self) -> None:
-        self.draws: dict[bytes, tuple[Numbers, np.float64]] = {}
+        self.draws: dict[bytes, ExampleNoise] = {}
         self.prior_std = 0.0
 
     @classmethod
@@ -315,25 +344,25 @@ class KeptNoise:
         head, arrays = state.config_records.get(_KEPT_KEY), state.array_records.get(_KEPT_ARRAYS_KEY)
         if head is not None and arrays is not None:
             keys = iter(cast(list[bytes], head["keys"]))
-            for index in range(len(arrays) // 2):
-                rows, leakage = (arrays[f"{name}.{index}"].numpy() for name in ("noise", "leakage"))
-                for row, value in zip(rows, leakage, strict=True):
-                    kept.draws[next(keys)] = (row, np.float64(value))
+            for index in range(len(arrays) // len(ExampleNoise._fields)):
+                for draw in zip(*(arrays[f"{name}.{index}"].numpy() for name in ExampleNoise._fields), strict=True):
+                    kept.draws[next(keys)] = ExampleNoise(*draw)
             kept.prior_std = float(cast(float, head["prior_std"]))
         return kept
 
     def write(self, state: RecordDict) -> None:
         """Puts what is to be kept into a client's state."""
         by_shape: dict[tuple[Any, ...], list[bytes]] = {}
-        for key, (kept, leaks) in self.draws.items():
-            if leaks < 1:
-                by_shape.setdefault((kept.shape, kept.dtype), []).append(key)
+        for key, draw in self.draws.items():
+            if draw.leakage < 1:
+                by_shape.setdefault((draw.noise.shape, draw.noise.dtype), []).append(key)
         if not by_shape:
             return
         arrays: dict[str, FlowerArray] = {}
         for index, keys in enumerate(by_shape.values()):
-            noise, leakage = (np.stack(parts) for parts in zip(*(self.draws[key] for key in keys), strict=True))
-            arrays |= {f"noise.{index}": FlowerArray(noise), f"leakage.{index}": FlowerArray(leakage)}
+            parts = zip(*(self.draws[key] for key in keys), strict=True)
+            named = zip(ExampleNoise._fields, parts, strict=True)
+            arrays |= {f"{name}.{index}": FlowerArray(np.stack(part)) for name, part in named}
         state[_KEPT_KEY] = ConfigRecord({"keys": [*itertools.chain(*by_shape.values())], "prior_std": self.prior_std})
         state[_KEPT_ARRAYS_KEY] = ArrayRecord(arrays)
 

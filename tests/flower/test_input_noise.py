@@ -52,6 +52,8 @@ def audit(
     target=TARGET,
     prior_std=1.0,
     relu_width=RELU_WIDTH,
+    num_probes=4,
+    max_steps=64,
     **options,
 ):
     return InversionAudit(
@@ -61,7 +63,13 @@ def audit(
         policy=policy,
         source=source,
         settings=AuditSettings(
-            max_examples=4, target_leakage=target, prior_std=prior_std, unit=unit, relu_width=relu_width
+            max_examples=4,
+            target_leakage=target,
+            prior_std=prior_std,
+            unit=unit,
+            relu_width=relu_width,
+            num_probes=num_probes,
+            max_steps=max_steps,
         ),
         ledger=None,
         show=False,
@@ -130,7 +138,7 @@ def change(strategy, server_round, node):
 
 def shifted_batches(kept, node):
     """A client's batches with its kept noise on them."""
-    noise = iter(torch.from_numpy(row) for row, _ in kept.draws.values())
+    noise = iter(torch.from_numpy(draw.noise) for draw in kept.draws.values())
     return [(torch.stack([x + next(noise) for x in inputs]), labels) for inputs, labels in batches_of(node, count=2)]
 
 
@@ -158,7 +166,7 @@ def test_clients_share_the_update_at_x_plus_a_from_the_first_round_and_keep_a(co
             at_shifted = trained_on(sent, shifted_batches(kept, node))
             np.testing.assert_allclose(change(strategy, server_round, node), at_shifted, atol=2e-6)
             # What the row says was emitted is what was emitted.
-            noise = np.stack([noise for noise, _ in kept.draws.values()])
+            noise = np.stack([draw.noise for draw in kept.draws.values()])
             assert row.input_noise_rms == pytest.approx(np.sqrt(np.mean(noise**2)), rel=1e-5)
             moved = np.linalg.norm(at_shifted - trained_on(sent, batches_of(node, count=2)))
             assert row.input_noise_change == pytest.approx(moved, rel=1e-3)
@@ -248,11 +256,11 @@ def test_a_stricter_target_puts_more_on_what_was_kept_and_leaves_it_in():
         advice = InputAdvice(target_leakage=target, prior_std=1.0)
         report_of(app(message(**advice.entries()), state))
         kept.append(KeptNoise.read(state.state))
-    noise = [np.stack([row for row, _ in k.draws.values()]) for k in kept]
+    noise = [np.stack([draw.noise for draw in k.draws.values()]) for k in kept]
     np.testing.assert_array_equal(noise[0], noise[1])
     added = noise[2] - noise[0]
     assert abs(np.sqrt(np.mean(added**2)) / math.sqrt(1 / 0.2 - 1 / 0.5) - 1) < 5 / math.sqrt(2 * added.size)
-    assert all(leakage <= 0.2 for _, leakage in kept[2].draws.values())
+    assert all(draw.leakage <= 0.2 for draw in kept[2].draws.values())
 
 
 def test_topping_up_and_other_priors_never_credit_more_than_the_dense_formula():
@@ -433,6 +441,47 @@ def test_who_meets_the_target_without_noise_gets_it_all_the_same_where_later_rou
     assert bool(draw.noise.any()) is not once
 
 
+def test_noise_that_a_coarse_spectrum_cannot_shape_is_white_and_says_so():
+    model, (inputs, labels) = new_model(), batches_of(1)[0]
+    coarse = drawn_for(model, inputs, labels, target_leakage=0.5, num_probes=1, max_steps=2)
+    assert coarse.note == (
+        "the noise on 4 of 4 examples is white, which costs the update less than noise shaped by a spectrum of 2 steps "
+        "a probe does: raise the audit's max_steps"
+    )
+    assert not coarse.shaped.any()
+    assert (coarse.leakage == 0.5).all()
+    exact = drawn_for(model, inputs, labels, target_leakage=0.5)
+    assert exact.note == ""
+    assert exact.shaped.all()
+
+
+def test_public_examples_that_meet_the_target_without_noise_shape_none():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2), nn.Tanh(), nn.Linear(2, 3))
+    model[1].requires_grad_(False)
+    inputs, labels = batches_of(1)[0]
+    public = (inputs[:1], labels[:1])
+    draw = drawn_for(model, inputs, labels, target_leakage=0.6, covariance="public", public=public)
+    assert draw.note == "the noise is white: public examples meet the target without noise, and shape none"
+    assert (draw.leakage == 0.6).all()
+    assert not draw.shaped.any()
+
+
+@pytest.mark.parametrize("action", ["advise", "perturb"])
+def test_a_row_says_white_where_the_audits_spectrum_is_too_coarse_to_shape_noise(action):
+    policy = Policy(action=action, family="shaped")
+    strategy = audit(policy, num_probes=1, max_steps=2)
+    grid = run(strategy, {10: shaped_app() if action == "advise" else audited_app(count=2)}, rounds=2)
+    for server_round in (1, 2):
+        row = rows(strategy, server_round)[10]
+        assert row.input_noise == "white"
+        assert row.passed_leakage == pytest.approx(TARGET)
+    assert "is white, which costs the update less" in rows(strategy, 1)[10].detail
+    if action == "advise":
+        advice = InputAdvice.take(dict(grid.sent[0].content["config"]))
+        assert (advice.num_probes, advice.max_steps) == (1, 2)
+
+
 def test_noise_that_cannot_be_shaped_in_time_is_white():
     protection = protecting_by(InputAdvice(target_leakage=0.5, prior_std=1.0), seed=0, time_limit=1e-9)
     inputs, labels = batches_of(1)[0]
@@ -606,6 +655,8 @@ def test_a_client_that_cannot_put_noise_on_its_inputs_is_advised_the_other_kind(
         {"target_leakage": math.nan},
         {"covariance": "secret"},
         {"shares": 0},
+        {"max_steps": 0},
+        {"num_probes": 0},
         {"prior_std": -1.0},
         {"prior_std": "x"},
         {"relu_width": -0.1},
@@ -620,9 +671,10 @@ def test_advice_that_makes_no_sense_is_none(entries):
     assert report_of(reply).shift is None
 
 
-def test_advice_that_does_not_know_of_relus_is_followed():
+def test_advice_that_says_nothing_of_relus_and_effort_is_followed():
     written = json.loads(InputAdvice(target_leakage=0.5).entries()[INPUT_ADVICE_KEY])
-    del written["relu_width"]
+    for name in ("relu_width", "num_probes", "max_steps"):
+        del written[name]
     reply = shaped_app()(train_message(**{INPUT_ADVICE_KEY: json.dumps(written)}), new_context())
     assert report_of(reply).shift.leakage.max() <= 0.5 * (1 + 1e-6)
 

@@ -250,5 +250,5 @@ def test_workers_give_what_this_process_gives_and_may_hang_or_die(order):
         ours, theirs = rows(rounds.strategy, 1)[node], rows(serial.strategy, 1)[node]
         assert ours.input_noise_rms == pytest.approx(theirs.input_noise_rms, rel=1e-6)
         np.testing.assert_allclose(change(rounds.strategy, 1, node), change(serial.strategy, 1, node), atol=1e-6)
-        for key, (noise, _) in serial.kept(theirs.client).draws.items():
-            np.testing.assert_allclose(rounds.kept(ours.client).draws[key][0], noise, rtol=1e-5, atol=1e-6)
+        for key, draw in serial.kept(theirs.client).draws.items():
+            np.testing.assert_allclose(rounds.kept(ours.client).draws[key].noise, draw.noise, rtol=1e-5, atol=1e-6)
