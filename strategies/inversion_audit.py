@@ -87,7 +87,7 @@ class InversionAudit(Strategy):
             audit themselves and send scalars (`client`), either only for clients that allow it; at public examples
             scaled to the update that arrived (`proxy`), or at what an attack rebuilds from it (`reconstructed`), for
             every client that sends an update. The last two are approximate, and their rows say so.
-        public: Public examples for the last two.
+        public: Public examples for the last two, and for a policy by which the server puts on noise that they shape.
         policy: What follows from a client's leakage: nothing but a row (`report`), advice to the client (`advise`),
             noise that the server adds (`perturb`), or leaving its update out (`exclude`). One of these names, or a
             `Policy`, which says more.
@@ -150,7 +150,7 @@ class InversionAudit(Strategy):
             raise InvalidInputError(f"expected most_examples >= 1, got {most_examples}")
         if source not in SOURCES:
             raise InvalidInputError(f"expected source to be one of {', '.join(SOURCES)}, got {source!r}")
-        _check_public(Source(source), public, model, loss, settings or AuditSettings())
+        _check_public(Source(source), self.policy, public, model, loss, settings or AuditSettings())
         self.strategy = strategy
         self.source = Source(source)
         self.run_id = run_id or uuid.uuid4().hex[:12]
@@ -540,12 +540,19 @@ def _distance(before: ArrayRecord, after: ArrayRecord, names: Sequence[str]) -> 
 
 
 def _check_public(
-    source: Source, public: PublicExamples | None, model: nn.Module, loss: Loss, settings: AuditSettings
+    source: Source,
+    policy: Policy,
+    public: PublicExamples | None,
+    model: nn.Module,
+    loss: Loss,
+    settings: AuditSettings,
 ) -> None:
-    if (source in _BLIND) != (public is not None):
+    shaping = policy.action == "perturb" and policy.family == "shaped" and policy.covariance == "public"
+    if (source in _BLIND or shaping) != (public is not None):
         raise InvalidInputError(
-            f"expected public examples for source proxy or reconstructed and for no other, got source {source} and "
-            f"public={'None' if public is None else 'PublicExamples(...)'}"
+            "expected public examples for source proxy or reconstructed, or for the action perturb with family shaped "
+            f"and covariance public, and for no other, got source {source} and "
+            f"public={'None' if public is None else 'PublicExamples(...)'} with action {policy.action}"
         )
     if public is None:
         return

@@ -24,6 +24,8 @@ from fl_privacy.audit.settings import Covariance
 from fl_privacy.audit.task import Array, AuditTask, Numbers
 from fl_privacy.flower.protection import InputAdvice, InputProtection
 
+_SHAPING = 8
+"""Public examples, at most, whose mean G shapes noise."""
 _LATE = "it was not computed within the time limit"
 
 
@@ -110,8 +112,12 @@ def _shifted(
     )
     trained_on = task.client.given
     given, labels = (torch.from_numpy(np.array(part)).to(device) for part in (trained_on, task.client.labels))
+    shaping = None
+    if context.public is not None:
+        inputs, classes = context.public.chosen(context.settings.seed, most=_SHAPING)
+        shaping = (torch.from_numpy(inputs).to(given), torch.from_numpy(classes).to(device))
     with protection.active():
-        moved = protection.protect(model, given, labels, loss=context.loss, public=None, bounds=task.bounds)
+        moved = protection.protect(model, given, labels, loss=context.loss, public=shaping, bounds=task.bounds)
     check_time(deadline)
     shifted = moved.cpu().numpy()
     before, after = updates_at(context, params, task.client, (trained_on, shifted), device=device)

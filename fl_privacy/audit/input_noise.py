@@ -155,8 +155,8 @@ def _shaped(
     dearer = len(wanted) - int(shaped.sum())
     if dearer:
         notes.append(
-            f"the noise on {dearer} of {examples} examples is white, which costs the update less than noise shaped by a "
-            f"spectrum of {max_steps} steps a probe does: raise the audit's max_steps"
+            f"the noise on {dearer} of {examples} examples is white, which costs the update less than noise shaped by "
+            f"a spectrum of {max_steps} steps a probe does: raise the audit's max_steps"
         )
     met = law.already_met
     if met.any() and not own:

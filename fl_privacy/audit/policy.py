@@ -48,7 +48,8 @@ class Policy:
             where clients hand over their batches and their training is reproduced; elsewhere its noise is isotropic,
             and rows say so.
         covariance: What shapes noise on inputs: `client`, the G of each private example, which tells a little of it;
-            `public`, that of the public examples that the client's app gives; `white`, nothing.
+            `public`, that of public examples, which the client's app gives to `protected_inputs`, or the server's to
+            the strategy for noise that the server puts on; `white`, nothing.
         kept: Whether shaped noise is drawn once for an example, or in every round.
         bounds: Lowest and highest valid input, for shaped noise that the server puts on (`perturb`): x + a is moved to
             the nearest valid value, which protects no less. `None`: inputs may be any number. Clients that put it on
@@ -101,11 +102,6 @@ class Policy:
         if self.family == "shaped" and self.action not in ("advise", "perturb"):
             raise InvalidInputError(
                 f"expected the action advise or perturb for the family shaped, got {self.action}: it puts on no noise"
-            )
-        if self.action == "perturb" and self.family == "shaped" and self.covariance == "public":
-            raise InvalidInputError(
-                "expected covariance client or white for noise that the server puts on: public examples are given to "
-                "protected_inputs, on clients"
             )
         for client, target in self.targets.items():
             if not isinstance(client, str):

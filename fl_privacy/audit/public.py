@@ -25,7 +25,7 @@ _NO_NOISE = 0.01
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PublicExamples:
-    """Examples of the kind that clients train on, at which the server can audit without their data.
+    """Examples of the kind that clients train on, at which the server can audit, or shape noise, without their data.
 
     Attributes:
         inputs: `[M, *shape]`, floating point, as the model is given them.
@@ -85,14 +85,14 @@ class PublicExamples:
                 f"from {self.labels.min()} to {self.labels.max()}: {str(error).splitlines()[0]}"
             ) from error
 
-    def chosen(self, seed: int) -> tuple[Array, Array]:
-        """Returns inputs and labels of at most `most` examples, drawn evenly from the classes."""
+    def chosen(self, seed: int, most: int | None = None) -> tuple[Array, Array]:
+        """Returns inputs and labels of at most `most` examples, by default its own, drawn evenly from the classes."""
         order = np.random.default_rng(seed).permutation(len(self.labels))
         rank = np.empty(len(order), dtype=int)  # of each example among those of its class
         for label in np.unique(self.labels):
             members = order[self.labels[order] == label]
             rank[members] = np.arange(len(members))
-        chosen = order[np.argsort(rank[order], kind="stable")][: self.most]
+        chosen = order[np.argsort(rank[order], kind="stable")][: self.most if most is None else most]
         return self.inputs[chosen], self.labels[chosen]
 
 

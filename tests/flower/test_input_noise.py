@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from flwr.app import ConfigRecord, RecordDict
 from torch import nn
 
-from fl_privacy.audit import AuditSettings, Policy, Source, Status, family
+from fl_privacy.audit import AuditSettings, Policy, PublicExamples, Source, Status, family
 from fl_privacy.audit.input_noise import draw_for_examples, leakage_under, shortfall, topped_up
 from fl_privacy.audit.settings import RELU_WIDTH
 from fl_privacy.audit.task import InputShift
@@ -547,6 +548,33 @@ def test_the_server_shares_the_update_at_x_plus_a_where_it_has_the_batch(unit):
         assert row.input_noise_change == pytest.approx(moved, rel=1e-3)
 
 
+def test_public_examples_of_the_server_shape_the_noise_that_it_puts_on():
+    inputs, labels = batches_of(99, count=3)[0]
+    public = PublicExamples(inputs=inputs.numpy(), labels=labels.numpy())
+    strategy = audit(Policy(action="perturb", family="shaped", covariance="public", seed=5), public=public)
+    run(strategy, {10: audited_app(count=1)})
+    row = rows(strategy, 1)[10]
+    assert (row.action, row.input_noise, row.detail) == ("perturbed", "public", "")
+    assert row.passed_leakage == TARGET
+    kept = KeptNoise.read(strategy._actions._shifting._states[row.client])
+    model, (private, classes) = new_model(), batches_of(10)[0]
+    model.load_state_dict({k: torch.from_numpy(v) for k, v in strategy.strategy.global_arrays[0].items()})
+    expected = draw_for_examples(
+        GradientUpdate(model, nn.CrossEntropyLoss()),
+        {name: p.detach() for name, p in model.named_parameters()},
+        private,
+        classes,
+        target_leakage=TARGET,
+        prior_std=1.0,
+        covariance="public",
+        public=tuple(torch.from_numpy(part) for part in public.chosen(0, most=8)),
+        generator=np.random.default_rng([5, 1, zlib.crc32(row.client.encode())]),
+    )
+    drawn = np.stack([draw.noise for draw in kept.draws.values()])
+    np.testing.assert_allclose(drawn, expected.noise.numpy(), rtol=1e-3, atol=1e-4)
+    assert expected.shaped.all()
+
+
 @pytest.mark.parametrize("bounds", [(-4.0, 4.0), (0.0, 1.0)])
 def test_the_server_keeps_inputs_in_a_valid_range_and_says_so_where_they_are_none(bounds):
     policy = Policy(action="perturb", family="shaped", seed=5, bounds=bounds)
@@ -685,7 +713,6 @@ def test_advice_that_says_nothing_of_relus_and_effort_is_followed():
         ({"family": "rank-one"}, "expected a policy's family to be one of isotropic, shaped, auto"),
         ({"action": "perturb", "family": "auto"}, "expected family isotropic or shaped for the action perturb"),
         ({"covariance": "own"}, "expected a policy's covariance to be one of client, public, white"),
-        ({"action": "perturb", "family": "shaped", "covariance": "public"}, "public examples are given to"),
         ({"action": "advise", "family": "shaped", "bounds": (0.0, 1.0)}, "give clients' bounds to protected_inputs"),
         ({"action": "perturb", "family": "shaped", "bounds": (1.0, 0.0)}, r"expected bounds \(lowest, highest\)"),
         ({"action": "perturb", "family": "shaped", "bounds": (0.0, math.nan)}, r"expected bounds \(lowest, highest\)"),
