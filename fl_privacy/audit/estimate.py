@@ -99,8 +99,8 @@ class LeakageEstimate:
     advised_input_leakage: float | None = None
     """Leakage that the client was advised to bring its inputs to, by noise that it puts on them before training."""
     input_noise: str = ""
-    """What shaped the noise on the inputs: `client`, `public`, or `white` where nothing did, though a shape may have been
-    advised; empty if there was none."""
+    """What shaped the noise on the inputs: `client`, `public`, or `white` where nothing did, though a shape may have
+    been advised; empty if there was none."""
     input_noise_kept: bool | None = None
     """Whether each example has the same noise in every round, so that rounds together tell no more than one."""
     input_noise_leakage: float | None = None

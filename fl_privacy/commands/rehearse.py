@@ -17,12 +17,12 @@ from fl_privacy.commands.options import DataRootOption, FactoryArgument, ReluWid
 from fl_privacy.commands.progress import print_json, progress_bar, result_console, user_errors
 
 if TYPE_CHECKING:
-    from fl_privacy.rehearsal import Rehearsal, RehearsedFamily
+    from fl_privacy.rehearsal import Lead, Rehearsal, RehearsedFamily
 
 _NAMES: dict[RehearsedFamily, str] = {
-    "isotropic": "isotropic, on the update",
-    "shaped": "shaped, on the inputs, kept",
-    "white": "white, on the inputs, kept",
+    "isotropic": "isotropic noise on the update",
+    "shaped": "shaped noise kept on the inputs",
+    "white": "white noise kept on the inputs",
 }
 
 
@@ -56,7 +56,8 @@ def rehearse(
     """Train your model on public examples under each family of noise, and print which costs it least accuracy.
 
     Every family leaks the target over the whole run. Classifiers with cross-entropy loss, whose clients share the
-    gradient of all their examples in every round.
+    gradient of all their examples in every round. Says by how much the recommended family is ahead of each other one,
+    and whether that is more than chance.
     """
     with user_errors():
         from fl_privacy.rehearsal import RehearsalSettings
@@ -95,8 +96,7 @@ def rehearse(
                 "unprotected": list(found.unprotected),
                 "outcomes": outcomes,
                 "recommended": found.family,
-                "runner_up": found.runner_up,
-                "lead": found.lead,
+                "leads": {family: asdict(lead) for family, lead in found.leads.items()},
                 "is_clear": found.is_clear,
                 "policy": _policy(found),
             }
@@ -105,20 +105,17 @@ def rehearse(
         result_console().print(_table(model, found))
         written = ", ".join(f"{name}={value!r}" for name, value in _policy(found).items())
         typer.echo(f"Recommended: {_NAMES[found.family]}. On the server: Policy({written})")
-        typer.echo(_lead(found))
+        for family, lead in found.leads.items():
+            typer.echo(_lead(family, lead))
 
 
-def _lead(found: Rehearsal) -> str:
-    """How sure the recommendation is."""
-    if found.runner_up is None or found.lead is None:
-        return "No other family meets the target."
-    (mean, error), runner_up = found.lead, _NAMES[found.runner_up]
-    if error is None:
-        return f"{mean:.3f} ahead of {runner_up}, by one seed: how far seeds differ takes --num-seeds 2 or more."
-    told = f"{mean:.3f} ahead of {runner_up}, standard error over seeds {error:.3f}"
-    return (
-        f"{told}." if found.is_clear else f"{told}: not told apart, either may be named; more --num-seeds may decide."
-    )
+def _lead(other: RehearsedFamily, lead: Lead) -> str:
+    """How far ahead of another family the recommended one is, and how sure that is."""
+    told = f"{100 * lead.mean:.1f} points of accuracy ahead of {_NAMES[other]}"
+    if lead.standard_error is None:
+        return f"{told}, by one seed: whether that is more than chance takes --num-seeds 5 or more."
+    verdict = "clear." if lead.is_clear else "not clear, either may be named."
+    return f"{told}, standard error {100 * lead.standard_error:.1f}: {verdict}"
 
 
 def _policy(found: Rehearsal) -> dict[str, object]:
@@ -132,8 +129,8 @@ def _table(model: str, found: Rehearsal) -> Table:
     table = Table(
         title=Text(f"{model}: {settings.num_clients} clients of {settings.batch_size}, {settings.num_rounds} rounds"),
         caption=Text(
-            f"mean [least, most] of {settings.num_seeds} seeds; standard error of an accuracy, of {found.num_test} "
-            f"examples held out: {found.standard_error:.3f}"
+            f"mean [least, most] of {settings.num_seeds} seeds; standard error of one seed's accuracy, on "
+            f"{found.num_test} examples held out: {found.standard_error:.3f}"
         ),
     )
     for heading in ("noise", "accuracy", f"leakage, target {settings.target_leakage:g}", "meets it"):
@@ -141,7 +138,7 @@ def _table(model: str, found: Rehearsal) -> Table:
     table.add_row("none", _spread(found.unprotected), "", "")
     for family, outcomes in found.outcomes.items():
         leakages = [outcome.leakage for outcome in outcomes]
-        met = "yes" if found.meets(family) else "no"
+        met = f"in {found.seeds_met(family)} of {settings.num_seeds}"
         table.add_row(_NAMES[family], _spread([o.accuracy for o in outcomes]), _spread(leakages), met)
     return table
 

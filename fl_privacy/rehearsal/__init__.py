@@ -2,6 +2,6 @@
 
 from fl_privacy.rehearsal.federation import Federation
 from fl_privacy.rehearsal.outcome import Outcome
-from fl_privacy.rehearsal.rehearse import Rehearsal, RehearsalSettings, RehearsedFamily, rehearse
+from fl_privacy.rehearsal.rehearse import Lead, Rehearsal, RehearsalSettings, RehearsedFamily, rehearse
 
-__all__ = ["Federation", "Outcome", "Rehearsal", "RehearsalSettings", "RehearsedFamily", "rehearse"]
+__all__ = ["Federation", "Lead", "Outcome", "Rehearsal", "RehearsalSettings", "RehearsedFamily", "rehearse"]

@@ -21,6 +21,7 @@ from fl_privacy.audit.policy import Policy
 from fl_privacy.audit.settings import RELU_WIDTH
 from fl_privacy.checks import check_count, check_positive, check_share, is_number
 from fl_privacy.errors import InvalidInputError
+from fl_privacy.extras import require
 from fl_privacy.rehearsal.federation import Federation
 from fl_privacy.rehearsal.outcome import MET, Outcome, input_law, isotropic_outcome, kept_outcome
 
@@ -85,6 +86,21 @@ class RehearsalSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lead:
+    """By how much more accurate one family is than another.
+
+    Attributes:
+        mean: Of all seeds.
+        standard_error: Of the mean; `None` of one seed.
+        is_clear: Whether it is more than chance; never of one seed.
+    """
+
+    mean: float
+    standard_error: float | None
+    is_clear: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rehearsal:
     """What was found.
 
@@ -100,9 +116,13 @@ class Rehearsal:
     outcomes: dict[RehearsedFamily, tuple[Outcome, ...]]
     num_test: int
 
+    def seeds_met(self, family: RehearsedFamily) -> int:
+        """Returns in how many seeds a family's leakage is the target, to 2 %."""
+        return sum(outcome.leakage <= MET * self.settings.target_leakage for outcome in self.outcomes[family])
+
     def meets(self, family: RehearsedFamily) -> bool:
-        """Returns whether a family's leakage is the target, to 2 %, in the run of each seed."""
-        return all(outcome.leakage <= MET * self.settings.target_leakage for outcome in self.outcomes[family])
+        """Returns whether it is in all of them."""
+        return self.seeds_met(family) == len(self.outcomes[family])
 
     def accuracy(self, family: RehearsedFamily) -> float:
         """Returns a family's mean accuracy."""
@@ -110,7 +130,7 @@ class Rehearsal:
 
     @property
     def standard_error(self) -> float:
-        """Of the recommended family's accuracy, for the number of test examples alone."""
+        """Of the recommended family's accuracy in one seed, for the number of test examples alone."""
         mean = self.accuracy(self.family)
         return math.sqrt(mean * (1 - mean) / self.num_test)
 
@@ -120,31 +140,34 @@ class Rehearsal:
         return max(filter(self.meets, self.outcomes), key=lambda family: (self.accuracy(family), family != "isotropic"))
 
     @property
-    def runner_up(self) -> RehearsedFamily | None:
-        """The most accurate of the other families that meet the target; `None` where there is none."""
-        others = [family for family in self.outcomes if family != self.family and self.meets(family)]
-        return max(others, key=self.accuracy, default=None)
+    def leads(self) -> dict[RehearsedFamily, Lead]:
+        """By how much the recommended family is ahead of each other one that meets the target.
 
-    @property
-    def lead(self) -> tuple[float, float | None] | None:
-        """By how much more accurate the recommended family is than the runner-up, seed by seed: mean, standard error.
+        Leads are taken seed by seed. Repetitions split the same examples, so that they know less than as many sets of
+        examples would: their variance is corrected for it (Nadeau and Bengio, Machine Learning 52, 2003), and a lead is
+        clear where Student's test at 5 % says so. No difference is known better than to one tested example.
 
-        The standard error is `None` of one seed, and all of it is where there is no runner-up.
+        Raises:
+            ImportError: Of more than one seed, without the extra `simulation`, which has SciPy.
         """
-        if self.runner_up is None:
-            return None
-        pairs = zip(self.outcomes[self.family], self.outcomes[self.runner_up], strict=True)
-        leads = [mine.accuracy - other.accuracy for mine, other in pairs]
-        error = statistics.stdev(leads) / math.sqrt(len(leads)) if len(leads) > 1 else None
-        return statistics.fmean(leads), error
+        return {family: self._lead(family) for family in self.outcomes if family != self.family and self.meets(family)}
+
+    def _lead(self, other: RehearsedFamily) -> Lead:
+        pairs = zip(self.outcomes[self.family], self.outcomes[other], strict=True)
+        leads = [mine.accuracy - theirs.accuracy for mine, theirs in pairs]
+        mean, count = max(0.0, statistics.fmean(leads)), len(leads)
+        if count == 1:
+            return Lead(mean=mean, standard_error=None, is_clear=False)
+        spread = max(statistics.stdev(leads), 1 / self.num_test)
+        held_out = self.settings.held_out
+        error = spread * math.sqrt(1 / count + held_out / (1 - held_out))
+        quantile = float(require("scipy.stats", extra="simulation").t.ppf(0.975, count - 1))
+        return Lead(mean=mean, standard_error=error, is_clear=mean >= quantile * error)
 
     @property
     def is_clear(self) -> bool:
-        """Whether no other family meets the target, or the lead is at least two standard errors."""
-        if self.lead is None:
-            return True
-        mean, error = self.lead
-        return error is not None and mean > 0 and mean >= 2 * error
+        """Whether the recommended family is clearly ahead of every other one that meets the target."""
+        return all(lead.is_clear for lead in self.leads.values())
 
     def policy(self) -> Policy:
         """Returns the policy by which a server advises what is recommended.
@@ -171,7 +194,8 @@ def rehearse(
 
     Clients share gradients, and every client takes part in every round: of several local steps, and of clients that are
     sampled, it says nothing. Noise on the average is that of C clients however few the public examples are; where they
-    are fewer than C·N, each stands for several with noise of their own.
+    are fewer than C·N, each stands for several with noise of their own. Examples are split at random: near duplicates,
+    such as frames of one film, would be trained and tested on.
 
     Args:
         build: Returns a new classifier, float32, that is trained by cross-entropy.

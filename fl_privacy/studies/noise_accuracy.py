@@ -73,7 +73,9 @@ class AccuracySettings(Settings):
     num_audited: int = option(4, "Examples whose leakage over the run is followed.", minimum=1)
     checkpoints: int = option(10, "Rounds at which it is followed; those between are interpolated.", minimum=2)
     num_seeds: int = option(3, "Repetitions of noise and initialization.", minimum=1)
-    redraw_images: bool = option(False, "Give each repetition private and public images of its own.")
+    redraw_images: bool = option(
+        False, "Begin each repetition's images where the last one's private ones end; those tested on stay."
+    )
     relu_width: float = relu_width_option()
     rehearse: bool = option(False, "Rehearse on public images where the rule is not sure of itself.", recorded=False)
 
