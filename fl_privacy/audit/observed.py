@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fl_privacy.attacks import IndependentNoise, IsotropicNoise, Noise
+from fl_privacy.attacks import Attack, IndependentNoise, IsotropicNoise, Noise
 from fl_privacy.attacks.mechanisms import PRECISION
 from fl_privacy.audit.perturbation import noise_blocks, observed_perturbation
 from fl_privacy.errors import InvalidInputError
@@ -27,12 +27,16 @@ class SharedUpdate:
     Attributes:
         name: For the panel, in a few words.
         shared: `[P]`, any common factor taken out.
-        noise: Of one unit.
+        noise: Of one unit, by its power: the weights of least squares.
+        equivalent: Gaussian noise that leaves as much to whoever uses the shape of this one, too; `None`: `noise`.
+        attack: Who does; `None`: whoever attacks the other versions.
     """
 
     name: str
     shared: Tensor
     noise: Noise
+    equivalent: Noise | None = None
+    attack: Attack | None = None
 
 
 def observed_version(name: str, shared: Tensor, update: Tensor, sizes: Sequence[int]) -> SharedUpdate:

@@ -32,6 +32,21 @@ def picture(
     initialization: InitializationOption = "uniform",
     image: Annotated[int, typer.Option(help="Index of the image in the test set.")] = 0,
     noise: NoiseOption = None,
+    laplace: Annotated[
+        list[float] | None,
+        typer.Option(help="Laplace noise, standard deviation per parameter; give it several times. Default: 0.03."),
+    ] = None,
+    noise_multiplier: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Noise per parameter after clipping, over the norm clipped to; give it several times. Default: 0.001."
+        ),
+    ] = None,
+    bits: Annotated[
+        list[float] | None,
+        typer.Option(help="Bits that an entry is rounded to, one scale for all; give it several times. Default: 8."),
+    ] = None,
+    half_precision: Annotated[bool, typer.Option(help="Show rounding to float16.")] = True,
     prune: Annotated[
         list[float] | None, typer.Option(help="Share of entries to prune away; give it several times. Default: 0.9.")
     ] = None,
@@ -45,8 +60,9 @@ def picture(
 ) -> None:
     """Draw what an attacker rebuilds of an image: from its raw gradient, and after each defence.
 
-    Side by side: the image, what the attacker believes before any update, the raw gradient, Gaussian noise, pruning,
-    and the recommended noise for a target, isotropic and shaped; each with the predicted error and the one reached.
+    Side by side: the image, what the attacker believes before any update, the raw gradient, Gaussian noise, Laplace
+    noise, clipping with noise, pruning, rounding to few bits and to float16, and the recommended noise for a target,
+    isotropic and shaped; each with the predicted error and the one reached.
     """
     with user_errors():
         from fl_privacy.pictures import draw_picture
@@ -54,6 +70,13 @@ def picture(
         from fl_privacy.pictures.drawing import check_format
 
         check_format(output)
+        chosen = {
+            "noise_stds": noise,
+            "laplace_stds": laplace,
+            "noise_multipliers": noise_multiplier,
+            "bits": bits,
+            "prune": prune,
+        }
         settings = PictureSettings(
             dataset=dataset,
             data_root=data_root,
@@ -63,8 +86,8 @@ def picture(
             target_leakage=target_leakage,
             seed=seed,
             relu_width=relu_width,
-            **({"noise_stds": tuple(noise)} if noise else {}),
-            **({"prune": tuple(prune)} if prune else {}),
+            half_precision=half_precision,
+            **{name: tuple(given) for name, given in chosen.items() if given},  # type: ignore[arg-type]
         )
         with progress_bar("attacking") as progress:
             drawn = defended_picture(settings, progress=progress)

@@ -1,4 +1,4 @@
-"""A picture of one image of a data set behind defences: noise, pruning, and the noise recommended for a target."""
+"""A picture of one image of a data set behind the usual defences, and behind the noise recommended for a target."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from fl_privacy.attacks import Attack, GaussianPrior, GaussNewton, rmse
-from fl_privacy.attacks.mechanisms import AddedNoise, Mechanism, NoDefence, Pruning
+from fl_privacy.attacks.mechanisms import (
+    AddedNoise,
+    HalfPrecision,
+    Mechanism,
+    NoDefence,
+    Pruning,
+    UniformQuantization,
+)
 from fl_privacy.audit.observed import SharedUpdate
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.influence.jacobian import UpdateJacobian
@@ -38,6 +45,10 @@ class PictureSettings(Settings):
     initialization: Initialization = option("uniform", "How parameters are drawn.")
     image: int = option(0, "Index of the image in the test set.", minimum=0)
     noise_stds: tuple[float, ...] = option((1e-3, 3e-2), "Gaussian noise, standard deviation per parameter.", above=0)
+    laplace_stds: tuple[float, ...] = option((3e-2,), "Laplace noise, likewise.", above=0)
+    noise_multipliers: tuple[float, ...] = option((1e-3,), "Noise after clipping, over the norm clipped to.", above=0)
+    bits: tuple[float, ...] = option((8.0,), "Bits of an entry, one scale for all.", minimum=2)
+    half_precision: bool = option(True, "Show rounding to float16.")
     prune: tuple[float, ...] = option((0.9,), "Shares of the gradient's entries that are pruned away.", above=0)
     target_leakage: float = option(0.5, "Leakage that the recommended noise leaves.", above=0)
     seed: int = option(0, "Of initialization and noise.", minimum=0)
@@ -49,8 +60,8 @@ def defended_picture(
 ) -> Picture:
     """Returns the image, what an attacker rebuilds of its gradient as it is, and what of it behind each defence.
 
-    The attacker knows model, label and mechanism, of shaped noise the covariance too, and holds a prior from 2,000
-    images of the training set.
+    The attacker knows model, label and mechanism, of shaped noise the covariance too, uses the shape of Laplace's noise
+    and of rounding, and holds a prior from 2,000 images of the training set.
 
     Args:
         settings: Which image, and what is done to its gradient.
@@ -82,21 +93,35 @@ def defended_picture(
     jacobian = scene.jacobian([settings.image])
     spectrum = estimate_spectrum(jacobian, max_steps=256)
     law = recommend_noise(spectrum, target_leakage=settings.target_leakage, prior_std=scene.prior.std)
+    update = scene.gradients([settings.image])
+    norm = float(update.double().norm())
     mechanisms: list[tuple[str, Mechanism]] = [
         ("raw update", NoDefence()),
         *((f"noise {std:g}", AddedNoise(std=std)) for std in settings.noise_stds),
+        *((f"Laplace noise {std:g}", AddedNoise(std=std, laplace=True)) for std in settings.laplace_stds),
+        # Noise of z·C on an update clipped to C is z·‖u‖ once an attacker has divided the clipping out.
+        *((f"clip C, noise {z:g} C", AddedNoise(std=z * norm)) for z in settings.noise_multipliers),
         *((f"{share:.0%} pruned", Pruning(share=share)) for share in settings.prune),
+        *((f"{bits:g} bits", UniformQuantization(bits=bits)) for bits in settings.bits),
+        *((("float16", HalfPrecision()),) if settings.half_precision else ()),
     ]
     recommended = not bool(law.already_met[0] | law.failed[0])
     if recommended:
         isotropic = float(law.isotropic_std[0])
         mechanisms.append((f"isotropic for {settings.target_leakage:.0%}", AddedNoise(std=isotropic)))
     generator = torch.Generator().manual_seed(settings.seed)
-    update = scene.gradients([settings.image])
     versions = []
     for name, mechanism in mechanisms:
         shared = mechanism.apply(update, generator)
-        versions.append(SharedUpdate(name, shared[0], mechanism.noise(shared)))
+        versions.append(
+            SharedUpdate(
+                name,
+                shared[0],
+                mechanism.noise(shared),
+                equivalent=mechanism.equivalent(shared),
+                attack=mechanism.attack(shared, attack),
+            )
+        )
     images, labels = scene.images[settings.image], scene.labels[settings.image]
     total = len(versions) + recommended
 

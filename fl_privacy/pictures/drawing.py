@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 _PANEL = 1.75
 """Width of a panel in inches."""
+_ONE_ROW, _PER_ROW = 7, 6
+"""Panels that stand in one row, at most; where there are more, in each of several."""
 
 
 def check_format(path: Path) -> None:
@@ -49,17 +52,22 @@ def draw_picture(picture: Picture, path: Path, *, title: str = "", bounds: tuple
     if not (len(shape) == 2 or (len(shape) == 3 and shape[0] in (1, 3))):
         raise InvalidInputError(f"expected an image [H, W], [1, H, W] or [3, H, W] to draw, got {list(shape)}")
     low, high = bounds or (float(picture.original.min()), float(picture.original.max()))
+    count = 2 + len(picture.panels)
+    rows = 1 if count <= _ONE_ROW else math.ceil(count / _PER_ROW)
+    across = math.ceil(count / rows)
 
     def draw(figure: Figure) -> None:
         if title:
             figure.suptitle(title, fontsize=10)
-        row = figure.subplots(1, 2 + len(picture.panels), squeeze=False)[0]
-        _show(row[0], picture.original, low, high, "original", "")
-        _show(row[1], picture.prior_mean, low, high, "before any update", f"error {picture.prior_std:.3g}")
-        for axes, panel in zip(row[2:], picture.panels, strict=True):
+        places = figure.subplots(rows, across, squeeze=False).flatten()
+        _show(places[0], picture.original, low, high, "original", "")
+        _show(places[1], picture.prior_mean, low, high, "before any update", f"error {picture.prior_std:.3g}")
+        for axes, panel in zip(places[2:count], picture.panels, strict=True):
             _show(axes, panel.rebuilt, low, high, panel.name, panel_text(picture, panel))
+        for axes in places[count:]:
+            axes.set_axis_off()
 
-    save_figure(path, draw, size=(_PANEL * (2 + len(picture.panels)), _PANEL + (1.2 if title else 1.0)))
+    save_figure(path, draw, size=(_PANEL * across, rows * (_PANEL + 1.0) + (0.2 if title else 0.0)))
 
 
 def panel_text(picture: Picture, panel: Panel) -> str:

@@ -121,8 +121,8 @@ def rebuild(
             num_examples=len(inputs),
             known=KnownBatch(inputs[None], private),
         )
-        found = (attack or GaussNewton()).run(problem)
-        leakage, predicted = predicted_recovery(jacobian, version.noise, prior.std)
+        found = (version.attack or attack or GaussNewton()).run(problem)
+        leakage, predicted = predicted_recovery(jacobian, version.equivalent or version.noise, prior.std)
         panels.append(
             Panel(
                 name=version.name,

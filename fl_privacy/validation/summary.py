@@ -29,6 +29,8 @@ class Agreement:
         median_ratio: Median of reached over predicted error.
         median_deviation: Median of |ratio − 1|.
         own_ratio: Median of reached error over the one predicted for the very image.
+        below: Share of runs in which any attack's error was below the predicted one, by whatever little. The prediction
+            is a mean of draws: about half of them are below it where it is right.
         beaten: Share of runs in which any attack's error was more than 20 % below the lower end of the prediction.
         own_beaten: Share of runs in which it was more than 20 % below what was predicted for the very image.
         bound: Median of the lower bound over the reached error: 1 where it is tight.
@@ -46,6 +48,7 @@ class Agreement:
     median_ratio: float
     median_deviation: float
     own_ratio: float
+    below: float
     beaten: float
     own_beaten: float
     bound: float
@@ -114,6 +117,7 @@ def _agreement(rows: Sequence[ValidationRow]) -> Agreement:
         median_ratio=float(np.median(ratios)),
         median_deviation=float(np.median(np.abs(ratios - 1))),
         own_ratio=float(np.median(own_ratios)),
+        below=float(np.mean(ratios < 1)),
         beaten=float(np.mean([row.error < BEATEN * row.predicted_lower for row in best])),
         own_beaten=float(np.mean(own_ratios < BEATEN)),
         bound=float(np.median([row.lower_bound / row.error for row in best])),

@@ -13,6 +13,9 @@ from typer.testing import CliRunner
 from fl_privacy.attacks import GaussNewton
 from fl_privacy.cli import app
 from fl_privacy.pictures.defended import PictureSettings, defended_picture
+from fl_privacy.studies.scene import Scene, SceneSettings
+
+CHEAP = GaussNewton(max_steps=1, max_products=8, rounded_steps=(), rounding=(), hops=0)
 
 
 def invoke(*arguments):
@@ -21,21 +24,42 @@ def invoke(*arguments):
 
 def test_noise_leaves_the_predicted_error_and_the_raw_gradient_none(tmp_path):
     path = tmp_path / "new" / "one.png"
-    outcome = invoke("--noise", "1e-2", "--prune", "0.5", "--target-leakage", "0.3", "-o", str(path), "--json")
+    chosen = ("--noise", "1e-2", "--laplace", "2e-2", "--noise-multiplier", "2e-3", "--prune", "0.5", "--bits", "6")
+    outcome = invoke(*chosen, "--target-leakage", "0.3", "-o", str(path), "--json")
     assert outcome.exit_code == 0, outcome.output
     found = json.loads(outcome.stdout)
     panels = {panel["name"]: panel for panel in found["panels"]}
-    assert list(panels) == ["raw update", "noise 0.01", "50% pruned", "isotropic for 30%", "shaped for 30%"]
+    assert list(panels) == [
+        *("raw update", "noise 0.01", "Laplace noise 0.02", "clip C, noise 0.002 C", "50% pruned", "6 bits", "float16"),
+        *("isotropic for 30%", "shaped for 30%"),
+    ]
     assert all(panel["explained"] for panel in panels.values())
-    for name in ("raw update", "50% pruned"):  # the entries that are kept are exact, and more than enough
+    for name in ("raw update", "50% pruned", "float16"):  # the entries that are kept are exact, and more than enough
         assert panels[name]["reached"] < 1e-3
         assert panels[name]["leakage"] > 0.999
-    for name in ("noise 0.01", "isotropic for 30%", "shaped for 30%"):
+    for name in (
+        "noise 0.01",
+        "Laplace noise 0.02",
+        "clip C, noise 0.002 C",
+        "6 bits",
+        "isotropic for 30%",
+        "shaped for 30%",
+    ):
         assert 0.7 < panels[name]["reached"] / panels[name]["predicted"] < 1.3
     for name in ("isotropic for 30%", "shaped for 30%"):
         assert 0.28 < panels[name]["leakage"] <= 0.3 + 1e-9
         assert panels[name]["predicted"] == pytest.approx(found["prior_std"] * (1 - panels[name]["leakage"]) ** 0.5)
-    assert imread(path).shape[1] == round(130 * 1.75 * 7)
+    assert imread(path).shape[1] == round(130 * 1.75 * 6)  # two rows
+
+
+def test_noise_after_clipping_leaves_what_noise_in_proportion_to_the_norm_does():
+    scene = Scene.of(SceneSettings(model="linear", num_images=1))
+    norm = float(scene.gradients([0]).double().norm())
+    settings = PictureSettings(model="linear", noise_stds=(0.1 * norm,), noise_multipliers=(0.1,))
+    panels = {panel.name: panel for panel in defended_picture(settings, attack=CHEAP).panels}
+    plain, after = panels[f"noise {0.1 * norm:g}"], panels["clip C, noise 0.1 C"]
+    assert after.predicted.value == pytest.approx(plain.predicted.value)
+    assert 0.01 < plain.leakage.value < 0.99
 
 
 def test_images_too_large_for_an_exact_spectrum_are_drawn_behind_shaped_noise_too(tmp_path):
@@ -69,9 +93,7 @@ def test_images_too_large_for_an_exact_spectrum_are_drawn_behind_shaped_noise_to
 
 def test_behind_relus_the_recommended_noise_is_that_of_its_prediction():
     settings = PictureSettings(model="resnet8", initialization="default", noise_stds=(1e-2,), prune=(0.5,))
-    drawn = defended_picture(
-        settings, attack=GaussNewton(max_steps=1, max_products=8, rounded_steps=(), rounding=(), hops=0)
-    )
+    drawn = defended_picture(settings, attack=CHEAP)
     panels = {panel.name: panel for panel in drawn.panels}
     assert panels["isotropic for 50%"].leakage.value == pytest.approx(0.5, abs=0.01)
     assert 0.4 < panels["shaped for 50%"].leakage.value <= 0.5 + 1e-9

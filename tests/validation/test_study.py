@@ -238,6 +238,7 @@ class TestSummary:
         assert overall.median_ratio == pytest.approx(0.95)
         assert overall.median_deviation == pytest.approx(0.15)
         assert overall.beaten == 0.25  # 0.5 < 0.8 · 0.9
+        assert overall.below == 0.5
         assert overall.spearman.value == pytest.approx(1.0)
 
     def test_the_best_attack_counts_and_failed_runs_are_told(self):
