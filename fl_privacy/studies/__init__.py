@@ -27,6 +27,7 @@ STUDIES: Mapping[str, str] = MappingProxyType(
     {
         "noise": "How much less shaped input noise changes an update than other defences at the same attack error.",
         "noise-accuracy": "What protection costs in accuracy, at equal leakage over a whole run.",
+        "informed-attackers": "What attackers who know mechanism or images' statistics get behind shaped noise.",
         "usual-defences": "What usual defences leave an attacker at equal utility, and how well that is predicted.",
         "architectures": "Predicted error, I²F and its bound against three attacks, across architectures and data.",
         "ridge": "Which ridge predicts an attack's error: the paper's 0.1, 1 and 10, or noise over prior variance.",
