@@ -87,7 +87,7 @@ def picture(
             seed=seed,
             relu_width=relu_width,
             half_precision=half_precision,
-            **{name: tuple(given) for name, given in chosen.items() if given},  # type: ignore[arg-type]
+            **{name: tuple(given) for name, given in chosen.items() if given},
         )
         with progress_bar("attacking") as progress:
             drawn = defended_picture(settings, progress=progress)

@@ -16,7 +16,16 @@ from rich.console import Console
 from sklearn.datasets import load_digits
 from torch import nn
 
-from fl_privacy.audit import AuditSettings, Defence, Ledger, PublicExamples, RayExecutor, Source, Status
+from fl_privacy.audit import (
+    AuditSettings,
+    Defence,
+    Ledger,
+    Policy,
+    PublicExamples,
+    RayExecutor,
+    Source,
+    Status,
+)
 from fl_privacy.audit.table import round_table, summary_table
 from fl_privacy.errors import InvalidInputError
 from fl_privacy.flower import InversionAuditMod, record_batches
@@ -25,6 +34,7 @@ from fl_privacy.strategies import InversionAudit
 
 from . import cases
 from .cases import CLASSES, SHAPE, LocalGrid, new_app, new_model
+from .test_policies import Recording
 
 RATE = cases.LR
 
@@ -35,10 +45,10 @@ def public(count=30, **options):
     return PublicExamples(inputs=inputs, labels=np.arange(count) % CLASSES, **options)
 
 
-def audit(source, *, examples=None, model=None, **options):
+def audit(source, *, strategy=None, examples=None, model=None, **options):
     defaults = {"ledger": None, "show": False, "settings": AuditSettings(prior_std=1.0, data_range=4.0)}
     return InversionAudit(
-        FedAvg(fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1),
+        strategy or FedAvg(fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1),
         model=model or new_model(),
         loss=nn.CrossEntropyLoss(),
         source=source,
@@ -243,6 +253,22 @@ class TestReconstructed:
         _, rows = run(audit("reconstructed", examples=public(**examples)), {10: of_size(4)})
         assert rows[10].status is Status.AUDIT_FAILED
         assert message in rows[10].detail
+
+
+@pytest.mark.parametrize("source", ["proxy", "reconstructed"])
+def test_the_server_puts_noise_on_updates_whose_batch_it_does_not_see(source):
+    shared = {}
+    for policy in (Policy(), Policy(action="perturb", seed=3)):
+        strategy = audit(source, strategy=Recording(), examples=public(lr=RATE), policy=policy)
+        _, rows = run(strategy, {10: of_size(1)})
+        (given,) = strategy.strategy.given
+        arrays = [given[10].content["arrays"][name].numpy().ravel() for name in new_model().state_dict()]
+        shared[policy.action] = np.concatenate(arrays)
+    row = rows[10]
+    assert (row.source, row.status, row.action) == (Source(source), Status.APPROXIMATE, "perturbed")
+    assert row.applied_noise_std >= row.required_noise_std > 0
+    noise = shared["perturb"] - shared["report"]
+    assert abs(np.sqrt(np.mean(noise**2)) / row.applied_noise_std - 1) < 5 / math.sqrt(2 * noise.size)
 
 
 class TestOptions:
