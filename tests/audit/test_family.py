@@ -34,8 +34,8 @@ def test_relative_noise_is_that_of_all_shares_on_the_average_of_all_clients():
     assert relative_noise(0.1, update_dim=400, average_norm=0.0, num_clients=25, shares=9) == math.inf
 
 
-# On MNIST over 100 rounds, with steps a tenth as large, isotropic noise is ahead in three cells of the one set of images
-# on which rehearsals find two of them; that by three seeds had none. With images redrawn it is not.
+# On MNIST over 100 rounds, with steps a tenth as large, isotropic noise is ahead in three cells, on one set of images;
+# of these rehearsals find two, and that by three seeds had none. With images redrawn it is not.
 AHEAD = {
     "-mnist-100-ends": {(4, 100, 0.1)},
     "-mnist-100-seeds": {(32, 100, 0.3)},
