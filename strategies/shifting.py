@@ -19,7 +19,7 @@ from flwr.supercore import log
 from fl_privacy.audit.auditor import Auditor
 from fl_privacy.audit.deadline import DeadlineError, check_time
 from fl_privacy.audit.executor import Job
-from fl_privacy.audit.replay import AuditContext, updates_at
+from fl_privacy.audit.replay import AuditContext, to_tensor, updates_at
 from fl_privacy.audit.settings import Covariance
 from fl_privacy.audit.task import Array, AuditTask, Numbers
 from fl_privacy.flower.protection import InputAdvice, InputProtection
@@ -115,7 +115,8 @@ def _shifted(
     shaping = None
     if context.public is not None:
         inputs, classes = context.public.chosen(context.settings.seed, most=_SHAPING)
-        shaping = (torch.from_numpy(inputs).to(given), torch.from_numpy(classes).to(device))
+        where = torch.device(device)
+        shaping = (to_tensor(inputs, where, given.dtype), to_tensor(classes, where, given.dtype))
     with protection.active():
         moved = protection.protect(model, given, labels, loss=context.loss, public=shaping, bounds=task.bounds)
     check_time(deadline)

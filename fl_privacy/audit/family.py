@@ -22,7 +22,7 @@ _MOST_PER_POWER = 0.9
 """Relative noise of the isotropic family, per relative power of noise on inputs, up to which it is the cheaper one: the
 cells of `fl-privacy study noise-accuracy` where it was more than a point ahead and those where it was more than a point
 behind lie on either side, but for three where steps are small: on one set of images it was 2.1 to 5.6 ahead there, at
-1.3 to 3.6, and on three others it was not (docs/noise.md)."""
+1.3 to 3.6, and in the mean of it and two others 0.5 ahead at most (docs/noise.md)."""
 
 _SURE_PER_POWER = 4.0
 """Above it noise on inputs was ahead in every cell, or behind by less than a point."""

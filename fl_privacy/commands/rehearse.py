@@ -107,6 +107,8 @@ def rehearse(
         typer.echo(f"Recommended: {_NAMES[found.family]}. On the server: Policy({written})")
         for family, lead in found.leads.items():
             typer.echo(_lead(family, lead))
+        if not found.leads:
+            typer.echo("No other family meets the target in every repetition.")
 
 
 def _lead(other: RehearsedFamily, lead: Lead) -> str:
@@ -114,7 +116,7 @@ def _lead(other: RehearsedFamily, lead: Lead) -> str:
     told = f"{100 * lead.mean:.1f} points of accuracy ahead of {_NAMES[other]}"
     if lead.standard_error is None:
         return f"{told}, by one seed: whether that is more than chance takes --num-seeds 5 or more."
-    verdict = "clear." if lead.is_clear else "not clear, either may be named."
+    verdict = "clear." if lead.is_clear else "not clear, either may be named; more --num-seeds may decide."
     return f"{told}, standard error {100 * lead.standard_error:.1f}: {verdict}"
 
 

@@ -344,7 +344,7 @@ class KeptNoise:
         head, arrays = state.config_records.get(_KEPT_KEY), state.array_records.get(_KEPT_ARRAYS_KEY)
         if head is not None and arrays is not None:
             keys = iter(cast(list[bytes], head["keys"]))
-            for index in range(len(arrays) // len(ExampleNoise._fields)):
+            for index in range(sum(name.startswith("noise.") for name in arrays)):
                 for draw in zip(*(arrays[f"{name}.{index}"].numpy() for name in ExampleNoise._fields), strict=True):
                     kept.draws[next(keys)] = ExampleNoise(*draw)
             kept.prior_std = float(cast(float, head["prior_std"]))

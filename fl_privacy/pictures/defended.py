@@ -61,7 +61,7 @@ def defended_picture(
     """Returns the image, what an attacker rebuilds of its gradient as it is, and what of it behind each defence.
 
     The attacker knows model, label and mechanism, of shaped noise the covariance too, uses the shape of Laplace's noise
-    and of rounding, and holds a prior from 2,000 images of the training set.
+    and of rounding to few bits, and holds a prior from 2,000 images of the training set.
 
     Args:
         settings: Which image, and what is done to its gradient.

@@ -90,8 +90,8 @@ class Lead:
     """By how much more accurate one family is than another.
 
     Attributes:
-        mean: Of all seeds.
-        standard_error: Of the mean; `None` of one seed.
+        mean: Of all seeds, as a share of the tested examples.
+        standard_error: Of the mean, likewise; `None` of one seed.
         is_clear: Whether it is more than chance; never of one seed.
     """
 
@@ -148,7 +148,7 @@ class Rehearsal:
         clear where Student's test at 5 % says so. No difference is known better than to one tested example.
 
         Raises:
-            ImportError: Of more than one seed, without the extra `simulation`, which has SciPy.
+            ImportError: The extra `simulation` is not installed, which has SciPy; of one seed it is not needed.
         """
         return {family: self._lead(family) for family in self.outcomes if family != self.family and self.meets(family)}
 
@@ -166,7 +166,7 @@ class Rehearsal:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the recommended family is clearly ahead of every other one that meets the target."""
+        """Whether the recommended family is clearly ahead of every other one that meets the target, if any does."""
         return all(lead.is_clear for lead in self.leads.values())
 
     def policy(self) -> Policy:
@@ -207,8 +207,11 @@ def rehearse(
 
     Raises:
         InvalidInputError: There are too few examples, inputs are too large, or the model cannot be rehearsed.
+        ImportError: There are several seeds, and the extra `simulation` is not installed, which `leads` takes.
         NotTwiceDifferentiableError: From the model.
     """
+    if settings.num_seeds > 1:
+        require("scipy.stats", extra="simulation")  # before the work whose result it judges
     if inputs[0].numel() > _LARGEST_INPUT:
         raise InvalidInputError(
             f"expected inputs of at most {_LARGEST_INPUT} elements, got {inputs[0].numel()}: rehearse on smaller ones"

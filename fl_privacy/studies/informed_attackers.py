@@ -68,7 +68,7 @@ class InformedRow:
     attack: str
     predicted: float
     """What the attack's own prior says that it leaves; of the joint attacks, what the white prior says of x + a."""
-    leakage: float
+    predicted_leakage: float
     """The same, as the share of the pixels' variance that is recovered."""
     error: float
     explained: bool
@@ -101,6 +101,10 @@ def _rows(settings: InformedSettings, scene: Scene, image: int) -> Iterator[Info
     truth, mean = scene.images[image].flatten(), prior.mean.flatten()
     for level, target in enumerate(settings.targets):
         law = recommend_noise(spectrum, target_leakage=target, prior_std=prior.std)
+        if law.already_met[0]:
+            raise InvalidInputError(
+                f"expected targets that need noise, got {target}, which image {image} meets without"
+            )
         root = vectors @ torch.diag(law.variance(values.clamp(min=0)[None, None])[0, 0].sqrt()) @ vectors.T
         z = torch.randn(len(root), generator=_generator(settings, image, level), dtype=torch.float64).to(root)
         a = root @ z
@@ -122,7 +126,7 @@ def _rows(settings: InformedSettings, scene: Scene, image: int) -> Iterator[Info
                 yield row(
                     attack=attack,
                     predicted=by_law,
-                    leakage=float(law.leakage.upper[0]),
+                    predicted_leakage=float(law.leakage.upper[0]),
                     error=float(scene.errors([image], found.inputs)),
                     explained=bool(found.explained),
                 )
@@ -141,7 +145,7 @@ def _rows(settings: InformedSettings, scene: Scene, image: int) -> Iterator[Info
             estimate, predicted = _posterior(belief, covariance, truth + drawn - mean)
             error = (mean + estimate - truth).square().mean().sqrt()
             leakage = 1 - (predicted / prior.std) ** 2
-            yield row(attack=attack, predicted=predicted, leakage=leakage, error=float(error), explained=True)
+            yield row(attack=attack, predicted=predicted, predicted_leakage=leakage, error=float(error), explained=True)
 
 
 def _generator(settings: InformedSettings, image: int, level: int) -> torch.Generator:
@@ -170,7 +174,7 @@ def _summarize(settings: InformedSettings, rows: Sequence[InformedRow]) -> Summa
             continue  # of a study that is not complete
         predicted = statistics.median(row.predicted for row in mine[WHITE])
         errors = [spread_text([row.error for row in mine[attack]], ".2g") for attack in shown]
-        leakages = [f"{statistics.median(row.leakage for row in mine[attack]):.2f}" for attack in told]
+        leakages = [f"{statistics.median(row.predicted_leakage for row in mine[attack]):.2f}" for attack in told]
         lines.append((f"{target:g}", f"{predicted:.3g}", *errors, *leakages))
     count = len({row.image for row in rows})
     return Summary(

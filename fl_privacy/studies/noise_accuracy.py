@@ -186,11 +186,12 @@ def _portions(settings: AccuracySettings) -> Iterator[Portion[AccuracyRow]]:
 
 def _unsure(settings: AccuracySettings, data: ImageData) -> Iterator[tuple[int, int, float]]:
     """Yields rounds, batch size and target of the cells in which a rehearsal is to decide."""
-    federation = _federation(settings, data, 0)
+    federations = [_federation(settings, data, seed) for seed in range(settings.num_seeds)]
     for target in _ordered(settings):
         for num_rounds, batch in product(settings.rounds, settings.batch_sizes):
             clients = settings.num_examples // batch
-            relative = _quotient(federation, target, batch, clients) * math.sqrt(num_rounds)
+            quotients = [_quotient(federation, target, batch, clients) for federation in federations]
+            relative = statistics.median(quotients) * math.sqrt(num_rounds)
             if not is_sure(relative, target_leakage=target):
                 yield num_rounds, batch, target
 

@@ -30,7 +30,7 @@ class Agreement:
         median_deviation: Median of |ratio − 1|.
         own_ratio: Median of reached error over the one predicted for the very image.
         below: Share of runs in which any attack's error was below the predicted one, by whatever little. The prediction
-            is a mean of draws: about half of them are below it where it is right.
+            is a mean of draws: about half of one attack's are below it where it is right, more of the best of several.
         beaten: Share of runs in which any attack's error was more than 20 % below the lower end of the prediction.
         own_beaten: Share of runs in which it was more than 20 % below what was predicted for the very image.
         bound: Median of the lower bound over the reached error: 1 where it is tight.

@@ -35,7 +35,7 @@ def test_relative_noise_is_that_of_all_shares_on_the_average_of_all_clients():
 
 
 # On MNIST over 100 rounds, with steps a tenth as large, isotropic noise is ahead in three cells, on one set of images;
-# of these rehearsals find two, and that by three seeds had none. With images redrawn it is not.
+# of these rehearsals find two, and that by three seeds had none. In the mean of it and two others it is not.
 AHEAD = {
     "-mnist-100-ends": {(4, 100, 0.1)},
     "-mnist-100-seeds": {(32, 100, 0.3)},

@@ -446,8 +446,8 @@ def test_noise_that_a_coarse_spectrum_cannot_shape_is_white_and_says_so():
     model, (inputs, labels) = new_model(), batches_of(1)[0]
     coarse = drawn_for(model, inputs, labels, target_leakage=0.5, num_probes=1, max_steps=2)
     assert coarse.note == (
-        "the noise on 4 of 4 examples is white, which costs the update less than noise shaped by a spectrum of 2 steps "
-        "a probe does: raise the audit's max_steps"
+        "the noise on 4 of 4 examples is white, which costs the update less than noise shaped by a spectrum of 2 "
+        "products does: raise the audit's max_steps"
     )
     assert not coarse.shaped.any()
     assert (coarse.leakage == 0.5).all()
@@ -471,7 +471,7 @@ def test_public_examples_that_meet_the_target_without_noise_shape_none():
 @pytest.mark.parametrize("action", ["advise", "perturb"])
 def test_a_row_says_white_where_the_audits_spectrum_is_too_coarse_to_shape_noise(action):
     policy = Policy(action=action, family="shaped")
-    strategy = audit(policy, num_probes=1, max_steps=2)
+    strategy = audit(policy, num_probes=1, max_steps=3)
     grid = run(strategy, {10: shaped_app() if action == "advise" else audited_app(count=2)}, rounds=2)
     for server_round in (1, 2):
         row = rows(strategy, server_round)[10]
@@ -480,7 +480,7 @@ def test_a_row_says_white_where_the_audits_spectrum_is_too_coarse_to_shape_noise
     assert "is white, which costs the update less" in rows(strategy, 1)[10].detail
     if action == "advise":
         advice = InputAdvice.take(dict(grid.sent[0].content["config"]))
-        assert (advice.num_probes, advice.max_steps) == (1, 2)
+        assert (advice.num_probes, advice.max_steps) == (1, 3)
 
 
 def test_noise_that_cannot_be_shaped_in_time_is_white():
@@ -548,26 +548,29 @@ def test_the_server_shares_the_update_at_x_plus_a_where_it_has_the_batch(unit):
         assert row.input_noise_change == pytest.approx(moved, rel=1e-3)
 
 
-def test_public_examples_of_the_server_shape_the_noise_that_it_puts_on():
+@pytest.mark.parametrize("classes", [np.int32, np.int64])
+def test_public_examples_of_the_server_shape_the_noise_that_it_puts_on(classes):
     inputs, labels = batches_of(99, count=3)[0]
-    public = PublicExamples(inputs=inputs.numpy(), labels=labels.numpy())
+    public = PublicExamples(inputs=inputs.numpy(), labels=labels.numpy().astype(classes))
     strategy = audit(Policy(action="perturb", family="shaped", covariance="public", seed=5), public=public)
     run(strategy, {10: audited_app(count=1)})
     row = rows(strategy, 1)[10]
     assert (row.action, row.input_noise, row.detail) == ("perturbed", "public", "")
     assert row.passed_leakage == TARGET
     kept = KeptNoise.read(strategy._actions._shifting._states[row.client])
-    model, (private, classes) = new_model(), batches_of(10)[0]
+    model, (private, targets) = new_model(), batches_of(10)[0]
+    shaping, of_class = public.chosen(0, most=8)
+    chosen = (shaping, of_class.astype(np.int64))
     model.load_state_dict({k: torch.from_numpy(v) for k, v in strategy.strategy.global_arrays[0].items()})
     expected = draw_for_examples(
         GradientUpdate(model, nn.CrossEntropyLoss()),
         {name: p.detach() for name, p in model.named_parameters()},
         private,
-        classes,
+        targets,
         target_leakage=TARGET,
         prior_std=1.0,
         covariance="public",
-        public=tuple(torch.from_numpy(part) for part in public.chosen(0, most=8)),
+        public=tuple(torch.from_numpy(part) for part in chosen),
         generator=np.random.default_rng([5, 1, zlib.crc32(row.client.encode())]),
     )
     drawn = np.stack([draw.noise for draw in kept.draws.values()])

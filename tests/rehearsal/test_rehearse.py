@@ -243,6 +243,8 @@ def test_a_family_that_misses_the_target_in_a_seed_has_no_lead_to_give():
     missed = (outcome(0.9, 0.3, 3.0), outcome(0.9, 0.31, 3.0))
     found = replace(found, outcomes={**found.outcomes, "isotropic": missed})
     assert (found.seeds_met("isotropic"), set(found.leads)) == (1, {"white"})
+    alone = replace(found, outcomes={"shaped": found.outcomes["shaped"], "isotropic": missed})
+    assert (alone.leads, alone.is_clear) == ({}, True)
 
 
 def test_each_seed_splits_the_examples_anew(monkeypatch):
