@@ -111,8 +111,8 @@ def draw_for_examples(
             operator, num_probes=num_probes, max_steps=max_steps, seed=int(generator.integers(2**31))
         )
         law = recommend_noise(spectrum, target_leakage=target_leakage, prior_std=prior_std)
-        effort = (num_probes, max_steps)
-        return _shaped(operator, law, white, own=own, once=once, generator=generator, effort=effort)
+        effort = num_probes * max_steps
+        return _shaped(operator, law, white, own=own, once=once, generator=generator, max_steps=effort)
     except FLPrivacyError as error:
         return replace(white, note=f"the noise is white, as its shape could not be found: {error}")
 
@@ -133,7 +133,7 @@ def _shaped(
     own: bool,
     once: bool,
     generator: np.random.Generator,
-    effort: tuple[int, int],
+    max_steps: int,
 ) -> InputDraw:
     """Shaped draws where there is a law, white ones elsewhere; none where the target is met without, if shared once."""
     examples = len(white.noise)
@@ -146,7 +146,7 @@ def _shaped(
     if len(wanted):
         chosen = law.select(wanted)
         draw = draw_input_noise(
-            operator.select(of_example[wanted]), chosen, int(generator.integers(2**63)), max_steps=math.prod(effort)
+            operator.select(of_example[wanted]), chosen, int(generator.integers(2**63)), max_steps=max_steps
         )
         by_law = draw.scale > 0  # white noise alone was the cheaper one, and is of the very target
         noise[wanted] = draw.noise.reshape(noise[wanted].shape).to(noise)
@@ -157,7 +157,7 @@ def _shaped(
     if dearer:
         notes.append(
             f"the noise on {dearer} of {examples} examples is white, which costs the update less than noise shaped by "
-            f"a spectrum of {math.prod(effort)} products does: raise the audit's max_steps"
+            f"a spectrum of {max_steps} products does: raise the audit's max_steps"
         )
     met = law.already_met
     if met.any() and not own:

@@ -105,9 +105,10 @@ def rehearse(
         result_console().print(_table(model, found))
         written = ", ".join(f"{name}={value!r}" for name, value in _policy(found).items())
         typer.echo(f"Recommended: {_NAMES[found.family]}. On the server: Policy({written})")
-        for family, lead in found.leads.items():
+        leads = found.leads
+        for family, lead in leads.items():
             typer.echo(_lead(family, lead))
-        if not found.leads:
+        if not leads:
             typer.echo("No other family meets the target in every repetition.")
 
 

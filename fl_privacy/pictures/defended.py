@@ -136,7 +136,6 @@ def defended_picture(
         labels,
         versions,
         prior=scene.prior,
-        attack=attack,
         relu_width=scene.relu_width,
         progress=told,
     )

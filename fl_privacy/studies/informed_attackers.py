@@ -95,7 +95,8 @@ def _fresh(count: int) -> str:
 
 
 def _rows(settings: InformedSettings, scene: Scene, image: int) -> Iterator[InformedRow]:
-    jacobian, prior = scene.jacobian([image]), scene.prior
+    jacobian, own, prior = scene.jacobian([image]), scene.own_jacobian([image]), scene.prior
+    update = own.update()
     spectrum = estimate_spectrum(jacobian, max_steps=256)
     values, vectors = torch.linalg.eigh(dense_gram(jacobian, 0))
     truth, mean = scene.images[image].flatten(), prior.mean.flatten()
@@ -105,15 +106,14 @@ def _rows(settings: InformedSettings, scene: Scene, image: int) -> Iterator[Info
             raise InvalidInputError(
                 f"expected targets that need noise, got {target}, which image {image} meets without"
             )
-        root = vectors @ torch.diag(law.variance(values.clamp(min=0)[None, None])[0, 0].sqrt()) @ vectors.T
-        z = torch.randn(len(root), generator=_generator(settings, image, level), dtype=torch.float64).to(root)
+        root = vectors @ torch.diag(law.variance(values.clamp(min=0)[None])[0].sqrt()) @ vectors.T
+        z = torch.randn(len(root), generator=scene.generator(image, level), dtype=torch.float64).to(root)
         a = root @ z
         row = partial(InformedRow, image=image, label=int(scene.labels[image, 0]), target=target)
         by_law = prior.std * math.sqrt(1 - float(law.leakage.upper[0]))
         if settings.joint:
-            own = scene.own_jacobian([image])
             for attack, shared in (
-                (MAPPED, own.update() + own.jvp(a[None])),
+                (MAPPED, update + own.jvp(a[None])),
                 (SHIFTED, own.shifted(a[None]).update()),
             ):
                 problem = replace(
@@ -148,16 +148,10 @@ def _rows(settings: InformedSettings, scene: Scene, image: int) -> Iterator[Info
             yield row(attack=attack, predicted=predicted, predicted_leakage=leakage, error=float(error), explained=True)
 
 
-def _generator(settings: InformedSettings, image: int, level: int) -> torch.Generator:
-    return torch.Generator().manual_seed(1_000_003 * settings.seed + 1_009 * image + level)
-
-
 def _posterior(prior: GaussianPrior, noise: Tensor, seen: Tensor) -> tuple[Tensor, float]:
     """Returns the posterior mean of x − μ given x + a − μ, and the rmse that the prior says it has."""
-    s = prior.std**2 * torch.eye(len(seen), dtype=seen.dtype, device=seen.device)
-    if prior.covariance is not None:
-        basis, variances = prior.covariance.basis, prior.covariance.variances
-        s = prior.std**2 * (basis * variances) @ basis.T
+    root = prior.std * prior.root(torch.eye(len(seen), dtype=seen.dtype, device=seen.device))  # τKᵀ, row by row
+    s = root.T @ root
     gain = torch.linalg.solve(s + noise, s).T
     left = torch.trace(s - gain @ s) / len(seen)
     return gain @ seen, math.sqrt(max(0.0, float(left)))

@@ -162,7 +162,7 @@ class _Unit:
         return {}
 
     def generator(self, purpose: int) -> torch.Generator:
-        return torch.Generator().manual_seed(1_000_003 * self.scene.seed + 1_009 * self.image + purpose)
+        return self.scene.generator(self.image, purpose)
 
 
 def _rows(

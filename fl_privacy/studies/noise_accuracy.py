@@ -166,8 +166,8 @@ def _portions(settings: AccuracySettings) -> Iterator[Portion[AccuracyRow]]:
     if max(settings.batch_sizes) > settings.num_examples:
         raise InvalidInputError(f"expected batches of at most {settings.num_examples}, got {settings.batch_sizes}")
     data = load_dataset(settings.dataset, root=settings.data_root)
-    for seed in range(settings.num_seeds):
-        federation = _federation(settings, data, seed)
+    federations = [_federation(settings, data, seed) for seed in range(settings.num_seeds)]
+    for seed, federation in enumerate(federations):
         for num_rounds in settings.rounds:
             keys = [(batch, num_rounds, 1.0, "none", seed) for batch in settings.batch_sizes]
             keys += [
@@ -178,15 +178,14 @@ def _portions(settings: AccuracySettings) -> Iterator[Portion[AccuracyRow]]:
             ]
             yield Portion(keys, partial(_rows, settings, federation, seed, num_rounds))
     if settings.rehearse:
-        for num_rounds, batch, target in _unsure(settings, data):
+        for num_rounds, batch, target in _unsure(settings, federations):
             for seed in range(settings.num_seeds):
                 keys = [(batch, num_rounds, target, arm, seed) for arm in REHEARSED.values()]
                 yield Portion(keys, partial(_rehearsed_rows, settings, data, seed, num_rounds, batch, target))
 
 
-def _unsure(settings: AccuracySettings, data: ImageData) -> Iterator[tuple[int, int, float]]:
+def _unsure(settings: AccuracySettings, federations: Sequence[Federation]) -> Iterator[tuple[int, int, float]]:
     """Yields rounds, batch size and target of the cells in which a rehearsal is to decide."""
-    federations = [_federation(settings, data, seed) for seed in range(settings.num_seeds)]
     for target in _ordered(settings):
         for num_rounds, batch in product(settings.rounds, settings.batch_sizes):
             clients = settings.num_examples // batch

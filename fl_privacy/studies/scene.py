@@ -157,8 +157,13 @@ class Scene:
 
     def noise(self, group: Sequence[int], level: int) -> Tensor:
         """Returns standard normal noise `[U, P]` that depends on seed, image and noise level alone."""
-        drawn = [_noise(self.seed, image, level, self.update.layout.dim) for image in group]
+        dim = self.update.layout.dim
+        drawn = [torch.randn(dim, generator=self.generator(image, level), dtype=torch.float64) for image in group]
         return torch.stack(drawn).to(self.device)
+
+    def generator(self, image: int, purpose: int) -> torch.Generator:
+        """Returns a generator that depends on seed, image and purpose alone, such as a noise level."""
+        return torch.Generator().manual_seed(1_000_003 * self.seed + 1_009 * image + purpose)
 
 
 def find_device(name: str) -> torch.device:
@@ -182,8 +187,3 @@ def groups(count: int, size: int) -> Iterator[list[int]]:
     """Yields the numbers from 0 on in groups."""
     for start in range(0, count, size):
         yield list(range(start, min(start + size, count)))
-
-
-def _noise(seed: int, image: int, level: int, dim: int) -> Tensor:
-    generator = torch.Generator().manual_seed(1_000_003 * seed + 1_009 * image + level)
-    return torch.randn(dim, generator=generator, dtype=torch.float64)
